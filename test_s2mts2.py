@@ -1,0 +1,855 @@
+"""Tests of s2mts2.py: python -m pytest -q. They need no network and no data but what they make."""
+
+import copy
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.functional as TF
+from sklearn import metrics
+
+import s2mts2
+from s2mts2 import PLAIN, Data, UserError, main, parse_args
+
+SCRIPT = Path(s2mts2.__file__).resolve()
+
+# torchvision announces that its decoders will move to another package one day.
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def made_by_hand(channels=1, multilabel=True, count=40, classes=3, side=16, seed=0):
+    """A Data of noise; image i shows a bright square if its first target is set."""
+    draw = np.random.default_rng(seed)
+    images = draw.integers(0, 120, (count, channels, side, side), np.uint8)
+    if multilabel:
+        targets = (draw.random((count, classes)) < 0.4).astype(np.float32)
+        targets[:4] = 0
+    else:
+        targets = np.eye(classes, dtype=np.float32)[np.arange(count) % classes]
+    images[targets[:, 0] == 1, :, 4:12, 4:12] = 250
+    split = draw.permutation(count)
+    return Data("mine", images, targets, [f"c{k}" for k in range(classes)], [f"i{k}" for k in range(count)],
+                split[:-12], split[-12:], multilabel)
+
+
+FINDINGS = ["No Finding", "Hernia", "Mass|Nodule", "Effusion", "Pleural_Thickening|Mass"]
+
+
+@pytest.fixture
+def xrays(tmp_path):
+    """A Chest X-ray14 folder in the official layout, with 30 images, one RGBA and one RGB among them."""
+    root = tmp_path / "xrays"
+    (root / "images").mkdir(parents=True)
+    draw, names = np.random.default_rng(0), [f"{k // 3:08d}_{k % 3:03d}.png" for k in range(30)]
+    lines = ["Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+             "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"]
+    for k, name in enumerate(names):
+        lines.append(f"{name},{FINDINGS[k % 5]},0,{k // 3},50,M,PA,2500,2048,0.168,0.168")
+        channels = {3: 4, 4: 3}.get(k, 1)
+        image = np.repeat(draw.integers(0, 255, (1, 48, 40), np.uint8), channels, 0)
+        if channels == 4:
+            image[3] = 255
+        torchvision.io.write_png(torch.from_numpy(image[:3]), str(root / "images" / name))
+        if channels == 4:
+            from PIL import Image
+            Image.fromarray(image.transpose(1, 2, 0), "RGBA").save(root / "images" / name)
+    (root / "Data_Entry_2017_v2020.csv").write_text("\n".join(lines) + "\n")
+    (root / "train_val_list.txt").write_text("\n".join(names[:20]) + "\n")
+    (root / "test_list.txt").write_text("\n".join(names[20:]))
+    return root
+
+
+def test_digits_are_split_by_class_and_always_alike():
+    data = s2mts2.load_data("digits")
+    assert data.images.shape == (1797, 1, 8, 8) and data.images.max() == 255 and not data.multilabel
+    assert len(data.train) == 1437 and len(data.test) == 360
+    assert not set(data.train) & set(data.test)
+    shares = data.targets[data.test].mean(0) / data.targets.mean(0)
+    assert np.abs(shares - 1).max() < 0.03
+    assert (s2mts2.load_data("digits").train == data.train).all()
+
+
+def test_cxr14_reads_the_official_layout(xrays):
+    data = s2mts2.load_data("cxr14", xrays, size=32)
+    assert data.images.shape == (30, 1, 32, 32) and data.images.dtype == np.uint8
+    assert len(data.train) == 20 and len(data.test) == 10 and data.multilabel
+    assert data.names[0] == "00000000_000.png" and data.classes[0] == "Atelectasis"
+    assert [data.classes[k] for k in np.flatnonzero(data.targets[4])] == ["Mass", "Pleural_Thickening"]
+    assert data.targets[0].sum() == 0 and data.targets[1][data.classes.index("Hernia")] == 1
+    for row in (0, 3, 4):
+        pixels = torchvision.io.decode_image(str(xrays / "images" / data.names[row]))[:1]
+        expected = TF.resize(pixels, [32, 32], antialias=True).int()
+        assert (torch.from_numpy(np.array(data.images[row])).int() - expected).abs().max() <= 1
+
+
+def test_decoded_images_are_kept_and_an_interrupted_build_goes_on(xrays, monkeypatch):
+    first = np.array(s2mts2.load_data("cxr14", xrays, size=32).images)
+    kept = list(xrays.glob("*.npy"))
+    assert len(kept) == 1 and not list(xrays.glob("*.part")) and not list(xrays.glob("*.count"))
+    # Kept: the images themselves are not needed again.
+    decode = torchvision.io.decode_image
+    monkeypatch.setattr(torchvision.io, "decode_image", None)
+    assert (np.array(s2mts2.load_data("cxr14", xrays, size=32).images) == first).all()
+    # Interrupted after 12 images: those are taken over as they are, the others decoded.
+    whole = kept[0].read_bytes()
+    kept[0].rename(kept[0].with_suffix(".part"))
+    kept[0].with_suffix(".count").write_text("12")
+    seen = []
+    monkeypatch.setattr(torchvision.io, "decode_image", lambda file, mode: seen.append(file) or decode(file, mode))
+    s2mts2.load_data("cxr14", xrays, size=32)
+    assert len(seen) == 18 and kept[0].read_bytes() == whole
+    # Another size is another file, and --cache another place.
+    s2mts2.load_data("cxr14", xrays, size=24, cache=xrays / "elsewhere")
+    assert len(list((xrays / "elsewhere").glob("*.npy"))) == 1
+
+
+@pytest.mark.parametrize("change, rule", [
+    (dict(images=np.zeros((40, 16, 16), np.uint8)), "uint8"),
+    (dict(images=np.zeros((40, 1, 16, 16), np.float32)), "uint8"),
+    (dict(targets=np.zeros((40, 4))), "targets"), (dict(targets=np.full((40, 3), 0.5)), "0 or 1"),
+    (dict(multilabel=False), "one-hot"), (dict(names=["a"] * 40), "name"), (dict(test=[]), "empty"),
+    (dict(test=[40]), "index"), (dict(test=[1, 1]), "twice"), (dict(train=[1], test=[1]), "twice"),
+])
+def test_data_made_by_hand_is_checked(change, rule):
+    data = made_by_hand()
+    with pytest.raises(UserError, match=rule):
+        Data(**{**vars(data), **change})
+
+
+# ------------------------------------------------------------------------------------ labelled subset
+
+
+def long_tailed():
+    """1,000 training images: class 0 on 500, class 1 on 100, class 2 on 3 of them; 397 without finding."""
+    targets = np.zeros((1010, 3), np.float32)
+    targets[:500, 0] = targets[450:550, 1] = targets[600:603, 2] = 1
+    return Data("tail", np.zeros((1010, 1, 8, 8), np.uint8), targets, ["a", "b", "c"],
+                [f"{k}.png" for k in range(1010)], np.arange(1000), np.arange(1000, 1010), True)
+
+
+def test_the_labelled_are_a_share_of_each_class_and_at_least_one():
+    data = long_tailed()
+    without = data.targets[:1000].sum(1) == 0
+    sizes = set()
+    for seed in range(20):
+        chosen = s2mts2.choose_labelled(data, 0.02, seed)
+        assert chosen.dtype == np.int64 and (np.diff(chosen) > 0).all() and chosen.max() < 1000
+        of_class = data.targets[chosen].sum(0)
+        # Drawn 10, 2, 1 and 9 of 447; a draw of one class may fall on an image of another as well.
+        assert of_class[0] >= 10 and of_class[1] >= 2 and of_class[2] == 1
+        assert without[chosen].sum() == round(0.02 * without.sum())
+        assert 22 - 3 <= len(chosen) <= 22
+        sizes.add(tuple(chosen))
+    assert len(sizes) == 20
+    assert (s2mts2.choose_labelled(data, 0.02, 7) == s2mts2.choose_labelled(data, 0.02, 7)).all()
+    digits = s2mts2.load_data("digits")
+    counts = digits.targets[s2mts2.choose_labelled(digits, 0.02, 0)].sum(0)
+    assert (counts == np.round(0.02 * digits.targets[digits.train].sum(0))).all()
+
+
+@pytest.mark.parametrize("number", [4, 50, 777, 1000])
+def test_a_number_of_labels_is_met_exactly_with_every_class(number):
+    data = long_tailed()
+    chosen = s2mts2.choose_labelled(data, number, 3)
+    assert len(np.unique(chosen)) == number and (data.targets[chosen].sum(0) >= 1).all()
+    assert (data.targets[chosen].sum(1) == 0).any()
+    if number >= 50:
+        assert abs(data.targets[chosen, 0].mean() - 0.5) < 0.1
+
+
+def test_the_labelled_can_be_written_and_read_again(tmp_path):
+    data = long_tailed()
+    chosen = s2mts2.choose_labelled(data, 0.05, 1)
+    (tmp_path / "list.txt").write_text("".join(data.names[k] + "\n" for k in chosen[::-1]) + "\n")
+    assert (s2mts2.choose_labelled(data, str(tmp_path / "list.txt"), 99) == chosen).all()
+
+
+@pytest.mark.parametrize("labels", [3, 1001, "nowhere.txt", "empty.txt", "stranger.txt", "test.txt"])
+def test_labels_that_do_not_fit_are_refused(labels, tmp_path):
+    for name, text in (("empty", "\n"), ("stranger", "1.png\nx.png\n"), ("test", "1005.png\n")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    with pytest.raises(UserError):
+        s2mts2.choose_labelled(long_tailed(), labels, 0)
+
+
+# ------------------------------------------------------------------------------------------------ views
+
+
+def photo(count=3, channels=3, side=48):
+    """Smooth random images in 0..1."""
+    return F.interpolate(torch.rand(count, channels, 6, 6), (side, side), mode="bicubic").clamp(0, 1)
+
+
+def normalised(images):
+    mean, std = torch.tensor(s2mts2.MEAN), torch.tensor(s2mts2.STD)
+    if images.shape[1] == 1:
+        mean, std = mean.mean(0, keepdim=True), std.mean(0, keepdim=True)
+    return (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+
+def column(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_plain_view_is_the_normalised_image(channels):
+    images = (photo(channels=channels) * 255).to(torch.uint8)
+    before = images.clone()
+    views = s2mts2.random_views(images, PLAIN, 48)
+    assert views.dtype == torch.float32 and (images == before).all()
+    assert torch.allclose(views, normalised(images / 255), atol=1e-6)
+    smaller = s2mts2.random_views(images, PLAIN, 20)
+    resized = TF.resize(images / 255, [20, 20], antialias=True)
+    assert torch.allclose(smaller, normalised(resized), atol=1e-5)
+    # Zero strengths at full probability are no change either.
+    idle = dict(PLAIN, rotate_p=1.0, jitter_p=1.0)
+    assert torch.allclose(s2mts2.random_views(images, idle, 48), views, atol=1e-5)
+
+
+def test_crop_agrees_with_torchvision():
+    images = photo()
+    views = s2mts2.crop_rotate_flip(images, column(.25, .125, .5), column(.125, .25, .25), column(.5, .5, .25),
+                                    column(.5, .25, .5), torch.zeros(3), torch.zeros(3))
+    for k, (top, left, height, width) in enumerate([(6, 12, 24, 24), (12, 6, 12, 24), (12, 24, 24, 12)]):
+        expected = TF.resize(TF.crop(images[k], top, left, height, width), [48, 48], antialias=False)
+        inner = slice(4, -4)
+        # torchvision cannot look beyond the crop's border, so compare inside.
+        assert (views[k] - expected)[:, inner, inner].abs().max() < 1e-5
+
+
+def test_flip_and_rotation_agree_with_torchvision():
+    images, zero, one = photo(), torch.zeros(3), torch.ones(3)
+    flipped = s2mts2.crop_rotate_flip(images, zero, zero, one, one, zero, column(1, 0, 1))
+    assert torch.allclose(flipped[0], TF.hflip(images[0]), atol=1e-6)
+    assert torch.allclose(flipped[1], images[1], atol=1e-6)
+    angles = column(10, -7, 90)
+    turned = s2mts2.crop_rotate_flip(images, zero, zero, one, one, angles, zero)
+    both = s2mts2.crop_rotate_flip(images, zero, zero, one, one, angles, one)
+    for k in range(3):
+        expected = TF.rotate(images[k], float(angles[k]), TF.InterpolationMode.BILINEAR)
+        assert torch.allclose(turned[k], expected, atol=1e-5)
+        assert torch.allclose(both[k], TF.hflip(expected), atol=1e-5)
+
+
+def test_crop_then_rotation_then_flip_in_one_agree_with_one_after_another():
+    images = photo(1, 1, 64)
+    view = s2mts2.crop_rotate_flip(images, column(.25), column(.25), column(.5), column(.5), column(20), column(1))
+    cropped = TF.resized_crop(images, 16, 16, 32, 32, [64, 64], antialias=False)
+    expected = TF.hflip(TF.rotate(cropped, 20, TF.InterpolationMode.BILINEAR))
+    assert (view - expected)[..., 16:48, 16:48].abs().max() < 0.01
+
+
+def test_brightness_contrast_and_saturation_agree_with_torchvision():
+    images, one, zero = photo(), torch.ones(3), torch.zeros(3)
+    factors = column(.6, 1.3, 1.4)
+    for place, theirs in ((1, TF.adjust_brightness), (2, TF.adjust_contrast), (3, TF.adjust_saturation)):
+        settings = [one, one, one, zero]
+        settings[place - 1] = factors
+        changed = s2mts2.jitter_colours(images, *settings)
+        for k in range(3):
+            assert (changed[k] - theirs(images[k], float(factors[k]))).abs().max() < 0.005
+    grey = s2mts2.jitter_colours(images[:, :1], factors, one, one * 5, one)
+    assert torch.allclose(grey[1], TF.adjust_brightness(images[1, :1], 1.3), atol=1e-6)
+    assert (TF.adjust_contrast(images[0, :1], .6) - s2mts2.jitter_colours(
+        images[:, :1], one, factors, one, zero)[0]).abs().max() < 1e-5
+
+
+def test_hue_turns_colours_and_keeps_grey_levels():
+    images = photo() * 0.2 + 0.4
+    one, zero = torch.ones(3), torch.zeros(3)
+    assert torch.allclose(s2mts2.jitter_colours(images, one, one, one, one), images, atol=1e-3)
+    turned = s2mts2.jitter_colours(images, one, one, one, one * 0.5)
+    assert (turned - images).abs().max() > 0.05
+    assert (TF.rgb_to_grayscale(turned) - TF.rgb_to_grayscale(images)).abs().max() < 0.005
+    thrice = images
+    for _ in range(3):
+        thrice = s2mts2.jitter_colours(thrice, one, one, one, one / 3)
+    assert torch.allclose(thrice, images, atol=1e-3)
+
+
+def test_blur_agrees_with_torchvision():
+    images, sigma = torch.rand(3, 3, 48, 40), column(0.1, 1.0, 2.0)
+    blurred = s2mts2.gaussian_blur(images, sigma)
+    for k in range(3):
+        expected = TF.gaussian_blur(images[k], [27, 27], [float(sigma[k])] * 2)
+        assert (blurred[k] - expected)[:, 8:-8, 8:-8].abs().max() < 1e-4
+    assert torch.allclose(s2mts2.gaussian_blur(torch.ones(3, 1, 9, 9), sigma), torch.ones(3, 1, 9, 9), atol=1e-5)
+
+
+def test_erase_clears_exactly_the_rectangle():
+    erased = s2mts2.erase(torch.ones(2, 3, 8, 8), column(.25, 0), column(.5, 0), column(.5, 0), column(.25, 1))
+    expected = torch.ones(2, 3, 8, 8)
+    expected[0, :, 4:6, 2:6] = 0
+    assert (erased == expected).all()
+
+
+STRONG = dict(crop=0.8, rotate=10.0, rotate_p=0.5, flip_p=0.5, jitter=0.4, hue=0.4, jitter_p=0.8, blur=2.0,
+              blur_p=0.5, erase_p=0.5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_each_copy_of_an_image_gets_its_own_view_and_a_seed_repeats_them(channels):
+    copies = photo(1, channels).mul(255).to(torch.uint8).expand(16, -1, -1, -1)
+    assert set(STRONG) == set(PLAIN)
+    torch.manual_seed(5)
+    views = s2mts2.random_views(copies, STRONG, 32)
+    assert views.shape == (16, channels, 32, 32) and views.isfinite().all()
+    assert torch.cdist(views.flatten(1), views.flatten(1)).add(torch.eye(16)).min() > 0.1
+    torch.manual_seed(5)
+    assert (s2mts2.random_views(copies, STRONG, 32) == views).all()
+    torch.manual_seed(6)
+    assert (s2mts2.random_views(copies, STRONG, 32) != views).any()
+
+
+@pytest.mark.parametrize("strength, share", [
+    (dict(flip_p=0.5), 0.5), (dict(rotate=10.0, rotate_p=0.3), 0.3), (dict(jitter=0.4, jitter_p=0.8), 0.8),
+    (dict(blur=2.0, blur_p=0.5), 0.5), (dict(erase_p=0.5), 0.5), (dict(crop=0.8), 1.0)])
+def test_each_strength_changes_its_share_of_the_views(strength, share):
+    copies = photo(1, 1, 24).expand(400, -1, -1, -1)
+    plain = s2mts2.random_views(copies, PLAIN, 24)
+    views = s2mts2.random_views(copies, dict(PLAIN, **strength), 24)
+    changed = ((views - plain).abs().flatten(1).amax(1) > 1e-3).float().mean()
+    assert abs(changed - share) < 0.1
+
+
+def test_crops_keep_the_share_of_the_area_that_they_should(monkeypatch):
+    seen = []
+    monkeypatch.setattr(s2mts2, "crop_rotate_flip", lambda images, *draws: seen.append(draws) or images)
+    s2mts2.random_views(torch.zeros(4000, 1, 4, 4), dict(PLAIN, crop=0.8), 4)
+    left, top, width, height = seen[0][:4]
+    area = width * height
+    assert 0.199 < area.min() < 0.25 and 0.95 < area.max() <= 1
+    assert abs(area.mean() - 0.58) < 0.03 and (width / height).max() <= 4 / 3 + 1e-4
+    assert left.min() >= 0 and (left + width).max() <= 1.00001 and (top + height).max() <= 1.00001
+
+
+# ---------------------------------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize("arch", ["densenet121", "tiny"])
+def test_a_grey_network_is_the_colour_network_on_a_grey_image(arch):
+    torch.manual_seed(1)
+    colour = s2mts2.build_network(arch, 3, 5).eval()
+    torch.manual_seed(1)
+    grey = s2mts2.build_network(arch, 1, 5).eval()
+    grey.classifier.load_state_dict(colour.classifier.state_dict())
+    images = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        assert torch.allclose(grey(images), colour(images.expand(-1, 3, -1, -1)), atol=1e-4)
+    assert grey.features.conv0.weight.shape[1] == 1
+    assert isinstance(grey, torchvision.models.DenseNet)
+
+
+def test_the_heads_have_the_shapes_of_their_stages():
+    mlp = s2mts2.build_network("tiny", 1, 32, "mlp")
+    assert [type(layer).__name__ for layer in mlp.classifier] == ["Linear", "ReLU", "Linear"]
+    assert mlp(torch.randn(2, 1, 32, 32)).shape == (2, 32)
+    assert isinstance(s2mts2.build_network("tiny", 3, 7).classifier, torch.nn.Linear)
+
+
+def test_imagenet_weights_are_used_and_their_absence_is_explained(monkeypatch):
+    torch.manual_seed(3)
+    weights = torchvision.models.densenet121().state_dict()
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: dict(weights))
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *a, **k: dict(weights))
+    network = s2mts2.build_network("densenet121", 1, 14, imagenet=True)
+    assert torch.equal(network.features.conv0.weight, weights["features.conv0.weight"].sum(1, keepdim=True))
+    assert torch.equal(network.features.norm5.weight, weights["features.norm5.weight"])
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
+    with pytest.raises(UserError, match="https://.*densenet121.*checkpoints.*--init random"):
+        s2mts2.build_network("densenet121", 1, 14, imagenet=True)
+
+
+# -------------------------------------------------------------------------------------------- teacher
+
+
+def test_ema_matches_its_closed_form():
+    student = s2mts2.build_network("tiny", 1, 4).double()
+    teacher = s2mts2.make_teacher(student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter))
+        student.features.norm0.running_var.fill_(3)
+        student.features.norm0.num_batches_tracked.fill_(17)
+    before, places = copy.deepcopy(teacher.state_dict()), [p.data_ptr() for p in teacher.parameters()]
+    untouched = copy.deepcopy(student.state_dict())
+    for _ in range(7):
+        s2mts2.ema_update(teacher, student, 0.9)
+    assert places == [p.data_ptr() for p in teacher.parameters()]
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(student.state_dict()[name], untouched[name])
+        expected = untouched[name]
+        if value.is_floating_point():
+            expected = 0.9 ** 7 * before[name] + (1 - 0.9 ** 7) * untouched[name]
+        assert torch.allclose(value, expected, atol=1e-12), name
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_teachers_batchnorm_uses_the_batch_and_is_not_moved_by_it():
+    student = s2mts2.build_network("tiny", 1, 4)
+    teacher = s2mts2.make_teacher(student).train()
+    before = copy.deepcopy(teacher.state_dict())
+    images = torch.randn(8, 1, 32, 32) * 5 + 3
+    with torch.no_grad():
+        training, plain = teacher(images), student.train()(images)
+    assert torch.allclose(training, plain, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    # In evaluation mode it does use the running statistics that ema_update gave it.
+    teacher.eval()
+    with torch.no_grad():
+        one = teacher(images)[0]
+        assert torch.allclose(one, teacher(images[:1])[0], atol=1e-4)
+        assert not torch.allclose(one, training[0], atol=1e-3)
+        teacher.features.norm0.running_mean.add_(1)
+        assert not torch.allclose(one, teacher(images)[0], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------- joint contrastive loss
+
+
+def embeddings(images=6, keys=4, dim=10, negatives=30, dtype=torch.float64):
+    query = F.normalize(torch.randn(images, dim, dtype=dtype), dim=1)
+    spread = torch.randn(images, keys, dim, dtype=dtype) * 0.5
+    return (query, F.normalize(query.detach()[:, None] + spread, dim=2),
+            F.normalize(torch.randn(negatives, dim, dtype=dtype), dim=1))
+
+
+def loss_with_covariance_matrices(query, keys, queue, temperature, weight):
+    losses = []
+    for q, k in zip(query, keys):
+        mean = k.mean(0)
+        covariance = sum(torch.outer(one - mean, one - mean) for one in k) / len(k)
+        positive = q @ mean / temperature + weight / (2 * temperature ** 2) * q @ covariance @ q
+        negatives = sum(torch.exp(q @ n / temperature) for n in queue)
+        losses.append(torch.log(torch.exp(positive) + negatives) - q @ mean / temperature)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, 1.0, 2.0])
+def test_the_loss_equals_its_definition_in_value_and_gradient(weight):
+    query, keys, queue = embeddings()
+    query.requires_grad_()
+    short = s2mts2.joint_contrastive_loss(query, keys, queue, 0.3, weight)
+    long = loss_with_covariance_matrices(query, keys, queue, 0.3, weight)
+    assert abs(short - long) < 1e-9
+    ours, = torch.autograd.grad(short, query)
+    theirs, = torch.autograd.grad(long, query)
+    assert (ours - theirs).abs().max() < 1e-9
+
+
+def test_with_one_key_the_loss_is_infonce():
+    query, keys, queue = embeddings(keys=1)
+    logits = torch.cat([(query * keys[:, 0]).sum(1, keepdim=True), query @ queue.T], 1) / 0.2
+    expected = F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
+    for weight in (0.0, 1.0):
+        assert abs(s2mts2.joint_contrastive_loss(query, keys, queue, 0.2, weight) - expected) < 1e-12
+
+
+def test_the_loss_bounds_the_mean_over_many_gaussian_keys():
+    query, keys, queue = embeddings(images=3, keys=5, negatives=200)
+    temperature = 0.2
+    bound = s2mts2.joint_contrastive_loss(query, keys, queue, temperature, 1.0)
+    mean = keys.mean(1, keepdim=True)
+    # mean + sum_m z_m (k_m - mean) / sqrt(M) has exactly the mean and the biased covariance of the keys.
+    noise = torch.randn(3, 100_000, 5, dtype=torch.float64)
+    sample = mean + torch.cat([noise, -noise], 1) @ (keys - mean) / math.sqrt(5)
+    positives = torch.einsum("nd,nsd->ns", query, sample) / temperature
+    negatives = (query @ queue.T / temperature).exp().sum(1, keepdim=True)
+    monte_carlo = (torch.log(positives.exp() + negatives) - positives).mean()
+    assert monte_carlo - 2e-4 <= bound <= monte_carlo + 0.005
+    # Without the covariance it is no bound.
+    assert s2mts2.joint_contrastive_loss(query, keys, queue, temperature, 0.0) < monte_carlo - 0.005
+
+
+def test_the_loss_is_finite_at_a_tiny_temperature():
+    query, keys, queue = embeddings(dtype=torch.float32)
+    keys[0, 0], keys[0, 1] = query[0], -query[0]
+    query.requires_grad_()
+    loss = s2mts2.joint_contrastive_loss(query, keys, queue, 0.005, 2.0)
+    loss.backward()
+    assert loss.isfinite() and query.grad.isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------- metrics
+
+
+def test_metrics_leave_out_and_name_classes_without_an_auc():
+    targets = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]], np.float32)
+    scores = np.array([[.9, .1, .2], [.2, .3, .4], [.3, .5, .6], [.4, .7, .8]], np.float32)
+    result = s2mts2.classification_metrics(targets, scores, ["a", "b", "c"], True)
+    assert result == dict(auc=dict(a=0.75, b=None, c=None), mean_auc=0.75)
+    nothing = s2mts2.classification_metrics(targets[:, 1:], scores[:, 1:], ["b", "c"], True)
+    assert nothing["mean_auc"] is None
+
+
+def test_multi_class_metrics_agree_with_their_definitions():
+    draw = np.random.default_rng(0)
+    truth, scores = draw.integers(0, 3, 60), draw.random((60, 4)).astype(np.float32)
+    scores[np.arange(60), truth] += 0.4
+    result = s2mts2.classification_metrics(np.eye(4)[truth], scores, list("abcd"), False)
+    answer = scores.argmax(1)
+    recalls = [np.mean(answer[truth == k] == k) for k in range(3)]
+    specificities = [np.mean(answer[truth != k] != k) for k in range(3)]
+    assert result["auc"]["d"] is None
+    assert result["mean_auc"] == pytest.approx(
+        np.mean([metrics.roc_auc_score(truth == k, scores[:, k]) for k in range(3)]))
+    assert result["accuracy"] == pytest.approx(np.mean(answer == truth))
+    assert result["macro_sensitivity"] == pytest.approx(np.mean(recalls))
+    assert result["macro_specificity"] == pytest.approx(np.mean(specificities))
+    f1 = [2 * np.sum((answer == k) & (truth == k)) / (np.sum(answer == k) + np.sum(truth == k)) for k in range(3)]
+    assert result["macro_f1"] == pytest.approx(np.mean(f1))
+
+
+# ------------------------------------------------------------------------------------- the two stages
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("channels, multilabel", [(1, True), (3, False)])
+def test_both_stages_run_on_data_made_by_hand(channels, multilabel, capsys):
+    data = made_by_hand(channels, multilabel)
+    args = parse_args("pretrain --epochs 2 --batch 8 --size 32 --seed 3".split())
+    student, teacher = s2mts2.pretrain(data, args)
+    saved = torch.load("runs/mine/pretrain.pt", weights_only=True)
+    assert torch.equal(saved["state"]["teacher"]["features.conv0.weight"], teacher.features.conv0.weight)
+    grid = torchvision.io.decode_image("runs/mine/views.png")
+    assert grid.shape[1:] == (8 * 34 + 2, 3 * 34 + 2) and grid.float().std() > 10
+    # The student and the teacher have both learnt, and not the same.
+    assert not torch.equal(student.features.conv0.weight, teacher.features.conv0.weight)
+    # The queue (no longer than the training set) holds the means of the last keys, shorter than 1.
+    queue = saved["state"]["queue"]
+    assert queue.shape == (28, 128) and "queue cut from 512 to 28" in capsys.readouterr().out
+    assert (queue.norm(dim=1) < 0.99999).sum() >= 24
+
+    args = parse_args("finetune --epochs 2 --batch 8 --labels 6 --consistency 1".split())
+    assert args.size == 32 and args.arch == "tiny" and args.start.endswith("pretrain.pt")
+    result = s2mts2.finetune(data, args)
+    assert json.loads(Path("runs/mine/metrics.json").read_text()) == result
+    assert set(result["auc"]) == set(data.classes) and "mean_auc" in result["student"]
+    assert ("accuracy" in result) != multilabel
+    labelled = Path("runs/mine/labelled.txt").read_text().split()
+    assert len(labelled) == 6 and set(labelled) <= {data.names[k] for k in data.train}
+    with open("runs/mine/predictions.csv", newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert rows[0] == ["image", *data.classes]
+    assert [row[0] for row in rows[1:]] == [data.names[k] for k in data.test]
+    scores = np.array(rows[1:])[:, 1:].astype(float)
+    again = s2mts2.classification_metrics(data.targets[data.test], scores, data.classes, multilabel)
+    assert again["mean_auc"] == pytest.approx(result["mean_auc"], abs=0.01)
+    assert multilabel or np.allclose(scores.sum(1), 1, atol=1e-4)
+    assert [(entry["stage"], entry["epoch"]) for entry in lines("runs/mine/log.jsonl")] == [
+        ("pretrain", 0), ("pretrain", 1), ("finetune", 0), ("finetune", 1)]
+
+
+def test_stage_2_starts_from_stage_1(capsys):
+    data = made_by_hand()
+    student, teacher = s2mts2.pretrain(data, parse_args("pretrain --epochs 1 --batch 8 --size 32".split()))
+    args = parse_args(["finetune"])
+    students, teachers = s2mts2.starting_networks(data, args)
+    for ours, theirs in ((students, student), (teachers, teacher)):
+        for name, value in theirs.state_dict().items():
+            assert name.startswith("classifier") or torch.equal(ours.state_dict()[name], value), name
+    assert torch.equal(students.classifier.weight, teachers.classifier.weight)
+    # A checkpoint that lacks a weight, or has one too many, or of another shape, is refused.
+    whole = torch.load("runs/mine/pretrain.pt", weights_only=True)
+    weight = "features.norm0.weight"
+    for change in (lambda w: w.pop(weight), lambda w: w.update(extra=w[weight]),
+                   lambda w: w.update({weight: w[weight][:3]})):
+        broken = copy.deepcopy(whole)
+        change(broken["state"]["teacher"])
+        torch.save(broken, "broken.pt")
+        with pytest.raises(UserError, match="broken.pt does not fit"):
+            s2mts2.starting_networks(data, parse_args("finetune --from broken.pt".split()))
+    with pytest.raises(UserError, match="does not fit a tiny with 3"):
+        s2mts2.starting_networks(made_by_hand(channels=3), args)
+
+
+def test_the_weights_of_the_terms_grow_with_the_epochs(monkeypatch):
+    data, weights = made_by_hand(), []
+    loss = s2mts2.joint_contrastive_loss
+    monkeypatch.setattr(s2mts2, "joint_contrastive_loss", lambda *a: weights.append(a[4]) or loss(*a))
+    s2mts2.pretrain(data, parse_args("pretrain --epochs 4 --batch 28 --size 32".split()))
+    assert weights == [0.5, 1.0, 1.5, 2.0]
+    momenta, ema = [], s2mts2.ema_update
+    monkeypatch.setattr(s2mts2, "ema_update", lambda t, s, m: momenta.append(m) or ema(t, s, m))
+    monkeypatch.setattr(s2mts2, "consistency_loss", lambda s, t, m: (0 * s).sum() + 1)
+    monkeypatch.setattr(s2mts2, "supervised_loss", lambda s, t, m: (0 * s).sum())
+    s2mts2.finetune(data, parse_args("finetune --epochs 4 --batch 28 --labels 5 --consistency 8 "
+                                     "--teacher-momentum .7".split()))
+    assert momenta == pytest.approx([0, 1 / 2, 2 / 3, .7])
+    assert [entry["loss"] for entry in lines("runs/mine/log.jsonl")][4:] == [0, 2, 4, 6]
+
+
+def test_stage_2_shows_labelled_and_unlabelled_in_the_right_place(monkeypatch):
+    data = made_by_hand(count=30)
+    data.images[...] = np.arange(30, dtype=np.uint8).reshape(-1, 1, 1, 1) * 8
+    seen = dict(labelled=[], unlabelled=[])
+    views, kinds = s2mts2.random_views, []
+
+    def spy(images, augment, size):
+        kinds.append((images[:, 0, 0, 0] // 8).tolist())
+        return views(images, augment, size)
+
+    monkeypatch.setattr(s2mts2, "random_views", spy)
+    args = parse_args("finetune --from scratch --epochs 1 --batch 7 --labels 5 --out out".split())
+    s2mts2.finetune(data, args)
+    labelled = set(s2mts2.choose_labelled(data, 5, 0).tolist())
+    training = kinds[:6]
+    # 18 train images, 5 labelled, 13 not: two steps of (labelled, teacher's view, student's view).
+    assert len(training) == 6
+    for first in (0, 3):
+        assert set(training[first]) <= labelled and training[first + 1] == training[first + 2]
+        assert not set(training[first + 1]) & labelled
+    assert set(training[0] + training[3]) == labelled
+    assert set(training[1] + training[4]) == set(data.train.tolist()) - labelled
+    # What follows is the test: every image once for each network, plain.
+    assert [k for kind in kinds[6:] for k in kind] == [*data.test, *data.test]
+
+
+def test_without_consistency_no_unlabelled_image_is_seen(monkeypatch):
+    data, seen = made_by_hand(), set()
+    gather = s2mts2.gather
+    monkeypatch.setattr(s2mts2, "gather", lambda d, p, v: seen.update(p.tolist()) or gather(d, p, v))
+    s2mts2.finetune(data, parse_args("finetune --from scratch --consistency 0 --labels 6 --epochs 1 --batch 8".split()))
+    assert seen == set(s2mts2.choose_labelled(data, 6, 0)) | set(data.test)
+    # As many steps as with the unlabelled: 22 of them in batches of 8.
+    assert torch.load("runs/mine/finetune.pt", weights_only=True)["state"]["optimizer"]["state"][0]["step"] == 3
+
+
+def test_evaluation_shows_each_image_once_and_in_order_whatever_the_batch():
+    data, network = made_by_hand(), s2mts2.build_network("tiny", 1, 3)
+    whole = s2mts2.evaluate(network, data, data.test, 32, batch=64)
+    assert whole.shape == (12, 3) and network.training
+    for batch in (1, 5):
+        assert np.allclose(s2mts2.evaluate(network, data, data.test, 32, batch=batch), whole, atol=1e-5)
+    assert np.allclose(s2mts2.evaluate(network, data, data.test[::-1].copy(), 32), whole[::-1], atol=1e-5)
+
+
+def equal(ours, theirs):
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(equal(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, (list, tuple)):
+        return len(ours) == len(theirs) and all(map(equal, ours, theirs))
+    return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_an_interrupted_stage_goes_on_and_ends_as_if_it_had_not_been(stage, monkeypatch, capsys):
+    data = made_by_hand()
+    command = {"pretrain": "pretrain --epochs 3 --batch 8 --size 32",
+               "finetune": "finetune --from scratch --epochs 3 --batch 8 --labels 6 --size 32"}[stage].split()
+    run = dict(pretrain=s2mts2.pretrain, finetune=s2mts2.finetune)[stage]
+    run(data, parse_args([*command, "--out", "whole"]))
+    update, calls = s2mts2.ema_update, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        update(*arguments)
+
+    monkeypatch.setattr(s2mts2, "ema_update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(data, parse_args([*command, "--out", "halves"]))
+    monkeypatch.setattr(s2mts2, "ema_update", update)
+    assert len(lines("halves/log.jsonl")) == 2
+    run(data, parse_args([*command, "--out", "halves"]))
+    assert "going on after epoch 2" in capsys.readouterr().out
+    one, other = (torch.load(f"{folder}/{stage}.pt", weights_only=True) for folder in ("whole", "halves"))
+    assert equal(one["state"], other["state"])
+    assert [entry["epoch"] for entry in lines("halves/log.jsonl")] == [0, 1, 2]
+    # Once more: finished. Another setting: refused, and nothing overwritten, unless --fresh.
+    run(data, parse_args([*command, "--out", "halves"]))
+    assert "finished" in capsys.readouterr().out
+    before = Path(f"halves/{stage}.pt").read_bytes()
+    with pytest.raises(UserError, match="other settings: lr .* there and 0.5 here"):
+        run(data, parse_args([*command, "--out", "halves", "--lr", ".5"]))
+    assert Path(f"halves/{stage}.pt").read_bytes() == before
+    run(data, parse_args([*command, "--out", "halves", "--lr", ".5", "--fresh"]))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with pytest.raises(UserError, match="the loss is nan in epoch 1.*--lr"):
+        s2mts2.pretrain(made_by_hand(), parse_args("pretrain --epochs 2 --batch 8 --size 32 --lr 1e30".split()))
+    assert not Path("runs/mine/pretrain.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+def run_script(*words, **environment):
+    return subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True,
+                          env={**os.environ, **environment})
+
+
+def test_the_two_commands_on_digits_and_evaluate():
+    done = run_script("pretrain", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "image/s" in done.stderr and "loss" in done.stderr and "<" in done.stderr
+    done = run_script("finetune", "--epochs", "1")
+    assert done.returncode == 0, done.stderr
+    assert "teacher  student" in done.stdout and "mean_auc" in done.stdout
+    folder = Path("runs/digits")
+    assert {file.name for file in folder.iterdir()} == {
+        "pretrain.pt", "finetune.pt", "log.jsonl", "metrics.json", "predictions.csv", "labelled.txt", "views.png"}
+    assert len((folder / "labelled.txt").read_text().split()) == 30
+    before = {name: (folder / name).read_bytes() for name in ("metrics.json", "predictions.csv")}
+    (folder / "metrics.json").unlink()
+    assert main(["evaluate"]) == 0
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert main(["evaluate", "runs/digits/finetune.pt", "--batch", "7", "--out", "other"]) == 0
+    theirs, ours = (json.loads(Path(file).read_text()) for file in ("runs/digits/metrics.json", "other/metrics.json"))
+    assert ours["accuracy"] == theirs["accuracy"]
+
+
+def test_the_command_on_xrays(xrays, capsys):
+    common = ["--epochs", "1", "--batch", "4", "--device", "cpu"]
+    assert main(["pretrain", "--data", "cxr14", "--root", str(xrays), "--arch", "tiny", "--init", "random",
+                 "--size", "32", "--queue", "7", *common]) == 0
+    assert main(["finetune", "--labels", "0.5", *common]) == 0
+    out = capsys.readouterr().out
+    for name in s2mts2.CXR14_CLASSES:
+        assert f"\n{name} " in out
+    result = json.loads(Path("runs/cxr14/metrics.json").read_text())
+    assert len(result["auc"]) == 14
+    assert [name for name, auc in result["auc"].items() if auc is not None] == [
+        "Effusion", "Mass", "Nodule", "Pleural_Thickening", "Hernia"]
+    assert "n/a: the test split has no positive, or no negative, of Atelectasis, Cardiomegaly" in out
+    queue = torch.load("runs/cxr14/pretrain.pt", weights_only=True)["state"]["queue"]
+    assert queue.shape == (7, 128) and (queue.norm(dim=1) < 0.99999).all()
+    # Labels from a file, and the last epoch's networks from another folder.
+    assert main(["finetune", "--from", "runs/cxr14/pretrain.pt", "--labels", "runs/cxr14/labelled.txt",
+                 "--out", "second", *common]) == 0
+    assert Path("second/labelled.txt").read_text() == Path("runs/cxr14/labelled.txt").read_text()
+    assert json.loads(Path("second/metrics.json").read_text()) == result
+
+
+def test_the_recipe_sets_what_the_command_line_leaves_open():
+    args = parse_args("pretrain --data cxr14 --keys 5".split())
+    assert (args.size, args.batch, args.queue, args.temperature, args.keys) == (256, 256, 65536, 0.07, 5)
+    args = parse_args("finetune --data cxr14 --from imagenet --labels 500".split())
+    assert (args.size, args.batch, args.lr, args.labels, args.arch) == (512, 16, 0.05, 500, "densenet121")
+    assert parse_args(["pretrain"]).data == "digits"
+
+
+def test_stage_2_takes_over_the_size_only_if_the_user_chose_it():
+    saved = dict(format=1, stage="pretrain", root="somewhere", history=[], state={},
+                 settings=dict(data="cxr14", size=256, arch="tiny"))
+    torch.save(saved, "theirs.pt")
+    args = parse_args("finetune --from theirs.pt".split())
+    assert (args.data, args.size, args.arch, args.root) == ("cxr14", 512, "tiny", "somewhere")
+    saved["settings"]["size"] = 64
+    torch.save(saved, "theirs.pt")
+    assert parse_args("finetune --from theirs.pt".split()).size == 64
+    assert parse_args("finetune --from theirs.pt --data digits".split()).root is None
+
+
+def test_learning_rates_follow_their_schedules():
+    args = parse_args("finetune --data cxr14 --from scratch".split())
+    assert [round(s2mts2.learning_rate(args, epoch), 6) for epoch in (0, 14, 15, 24, 25, 29)] == [
+        .05, .05, .005, .005, .0005, .0005]
+    args = parse_args("pretrain --lr 1 --epochs 4".split())
+    assert [round(s2mts2.learning_rate(args, epoch), 3) for epoch in range(4)] == [1, .854, .5, .146]
+
+
+@pytest.mark.parametrize("command", [
+    "", "train", "pretrain --data mnist", "pretrain --epochs 0", "pretrain --epochs x", "pretrain --batch 1",
+    "pretrain --batch 1438", "pretrain --lr -1", "pretrain --lr nan", "pretrain --lr inf", "pretrain --keys 0",
+    "pretrain --queue 0", "pretrain --temperature 0", "pretrain --covariance-weight -1", "pretrain --dim 0",
+    "pretrain --teacher-momentum 1.1", "pretrain --size 8", "pretrain --size 31 --arch densenet121",
+    "pretrain --arch resnet", "pretrain --init zeros", "pretrain --init imagenet", "pretrain --seed -1",
+    "pretrain --device tpu", "pretrain --device cuda:99", "pretrain --labels 3", "pretrain --nonsense",
+    "pretrain --out file", "pretrain --data cxr14", "pretrain --data cxr14 --root file",
+    "finetune", "finetune --from nowhere.pt", "finetune --from file", "finetune --from scratch --labels 0",
+    "finetune --from scratch --labels 1.5", "finetune --from scratch --labels 5",
+    "finetune --from scratch --labels 2000", "finetune --from scratch --labels nowhere.txt",
+    "finetune --from scratch --labels file", "finetune --from scratch --consistency -1",
+    "finetune --from imagenet --arch tiny", "finetune --data cxr14", "evaluate", "evaluate nowhere.pt",
+    "evaluate file", "evaluate --epochs 3"])
+def test_bad_commands_end_with_one_line_and_leave_nothing(command, capsys):
+    Path("file").write_text("this is no folder and no checkpoint\n")
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.count("error:") == 1, err
+    assert [path.name for path in Path().rglob("*")] == ["file"]
+
+
+def edit(root, name, change):
+    file = root / name
+    file.write_text(change(file.read_text()))
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda root: (root / "Data_Entry_2017_v2020.csv").unlink(), ["Data_Entry_2017.csv", "nihcc.app.box.com"]),
+    (lambda root: (root / "test_list.txt").unlink(), ["test_list.txt", "nihcc.app.box.com"]),
+    (lambda root: (root / "images").rename(root / "pictures"), ["images", "nihcc.app.box.com"]),
+    (lambda root: (root / "images/00000002_001.png").unlink(), ["1 of 30", "00000002_001.png"]),
+    (lambda root: (root / "images/00000002_001.png").write_bytes(b"\x89PNG not an image"), ["00000002_001.png"]),
+    (lambda root: (root / "images/00000002_001.png").write_bytes(b""), ["00000002_001.png"]),
+    (lambda root: (root / "images/00000002_001.png").write_bytes(
+        (root / "images/00000002_002.png").read_bytes()[:300]), ["00000002_001.png"]),
+    (lambda root: edit(root, "Data_Entry_2017_v2020.csv", lambda text: text.replace("Effusion", "Confusion", 1)),
+     ["Confusion", "00000001_000.png"]),
+    (lambda root: edit(root, "Data_Entry_2017_v2020.csv", lambda text: text + text.splitlines()[1]),
+     ["00000000_000.png"]),
+    (lambda root: edit(root, "Data_Entry_2017_v2020.csv", lambda text: text + "nonsense\n"), ["nonsense"]),
+    (lambda root: edit(root, "test_list.txt", lambda text: text + "\n00000000_000.png\n"), ["00000000_000.png"]),
+    (lambda root: edit(root, "test_list.txt", lambda text: text + "\n99999999_000.png\n"), ["99999999_000.png"]),
+    (lambda root: edit(root, "test_list.txt", lambda text: ""), ["empty"]),
+])
+def test_broken_folders_are_named_in_one_line(xrays, spoil, words, capsys):
+    spoil(xrays)
+    before = sorted(path for path in Path().rglob("*"))
+    assert main(["pretrain", "--data", "cxr14", "--root", str(xrays), "--size", "32", "--batch", "4"]) == 2
+    err = capsys.readouterr().err
+    message, = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert all(word in message for word in words) and "Traceback" not in err
+    after = sorted(path for path in Path().rglob("*") if path.suffix != ".npy")
+    assert after == before
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(capsys):
+    class Trap:
+        def __reduce__(self):
+            return os.system, ("touch sprung",)
+
+    torch.save(dict(format=1, stage="pretrain", state=Trap()), "trap.pt")
+    assert main(["finetune", "--from", "trap.pt"]) == 2
+    assert capsys.readouterr().err.startswith("error: trap.pt") and not Path("sprung").exists()
+
+
+def test_importing_does_nothing_and_ctrl_c_ends_with_130(monkeypatch, capsys):
+    done = subprocess.run([sys.executable, "-c", "import s2mts2"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(s2mts2, "pretrain", interrupt)
+    assert main(["pretrain"]) == 130
+    assert "goes on" in capsys.readouterr().err
