@@ -1,10 +1,11 @@
 """S2MTS2: a mean teacher, pre-trained without labels, then fine-tuned with a few of them.
 
 A complete implementation, in one file, of "Self-supervised Mean Teacher for Semi-supervised Chest
-X-ray Classification" (Liu, Tian, Cordeiro, Belagiannis, Reid, Carneiro; MLMI 2021, arXiv 2103.03629).
+X-ray Classification" (Liu, Tian, Cordeiro, Belagiannis, Reid and Carneiro, MLMI 2021,
+arXiv 2103.03629).
 
 The idea. Radiographs are plentiful, labels are not. So learn in two stages, with two networks of
-one shape: a STUDENT, trained by gradient descent, and a TEACHER, never trained itself, whose weights
+one shape: a STUDENT, trained by gradient descent, and a TEACHER, never trained itself: its weights
 are a running average of the student's. An average over many steps is steadier than any one of them,
 and so it can set the targets for the very student that it is made of.
 
@@ -27,14 +28,15 @@ and so it can set the targets for the very student that it is made of.
                  |                           +-- mean squared difference, x w ---+
                  +---------> teacher --> p' -+
 
-    After every step the teacher moves a little towards the student. In the end the teacher is tested.
+    After every step the teacher moves a little towards the student. At the end it is tested.
 
 How to run it:
 
-    a laptop, 3 minutes    python s2mts2.py pretrain && python s2mts2.py finetune
-    without the method     python s2mts2.py finetune --from scratch --consistency 0 --out runs/scratch
-    X-rays and a GPU       python s2mts2.py pretrain --data cxr14 --root DIR && python s2mts2.py finetune
-    test once more         python s2mts2.py evaluate runs/digits/finetune.pt
+    a laptop            python s2mts2.py pretrain && python s2mts2.py finetune
+    without the method  python s2mts2.py finetune --from scratch --consistency 0 --out runs/plain
+    X-rays and a GPU    python s2mts2.py pretrain --data cxr14 --root DIR
+                        python s2mts2.py finetune
+    test once more      python s2mts2.py evaluate runs/digits/finetune.pt
 
 The paper's letters, the names that they have here, and their shapes:
 
@@ -44,9 +46,9 @@ The paper's letters, the names that they have here, and their shapes:
     S       never formed         their covariance; only q'S q is needed, and that is a variance
     n_j     queue [K, D]         negatives: the means mu of the last K images
     t       temperature          how finely the loss tells similarities apart
-    c       covariance_weight    grows with the epochs up to lambda, which is args.covariance_weight
+    c       covariance_weight    grows up to lambda, which is args.covariance_weight
     a       teacher_momentum     share of itself that the teacher keeps at each step
-    w       weight               of the unlabelled images; grows with the epochs up to args.consistency
+    w       weight               of the unlabelled images; grows up to args.consistency
     p, p'   probabilities [N, C] student's and teacher's, of C classes
 
 N images in a batch, M keys of an image, D numbers in an embedding, K negatives in the queue.
@@ -64,6 +66,7 @@ import argparse
 import copy
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -129,9 +132,9 @@ class Data:
             (self.targets.shape == (count, len(self.classes)), "targets must be [images, classes]"),
             (np.isin(self.targets, (0, 1)).all(), "targets must be 0 or 1"),
             (self.multilabel or (self.targets.sum(1) == 1).all(), "targets must be one-hot"),
-            (len(set(self.names)) == len(self.names) == count, "each image needs a name of its own"),
+            (len(set(self.names)) == len(self.names) == count, "each image needs its own name"),
             (len(self.train) and len(self.test), "train and test must not be empty"),
-            (split.min(initial=0) >= 0 and split.max(initial=0) < count, "the split must index images"),
+            (np.isin(split, np.arange(count)).all(), "the split must index images"),
             (len(np.unique(split)) == len(split), "an image must not be in the split twice"),
         ):
             if not fits:
@@ -164,17 +167,18 @@ def load_digits(root, size, cache, uncertain):
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
     train, test = model_selection.train_test_split(
         np.arange(len(images)), test_size=0.2, stratify=digits.target, random_state=0)
-    return Data("digits", images, np.eye(10)[digits.target], [str(digit) for digit in range(10)],
-                [f"digit{index:04d}" for index in range(len(images))], train, test, multilabel=False)
+    names = [f"digit{index:04d}" for index in range(len(images))]
+    return Data("digits", images, np.eye(10)[digits.target], list("0123456789"), names, train, test,
+                multilabel=False)
 
 
 def choose_labelled(data, labels, seed):
     """Choose the training images whose labels may be used; all others count as unlabelled.
 
-    labels  share of each class if < 1; number of images in all if >= 1; else the path of a file with
-            the name of one image a line
+    labels  share of each class if < 1; number of images in all if >= 1; else the path of a file
+            with the name of one image a line
     seed    int; decides the draw
-    Returns int64 indices, ascending. Raises UserError when a number or a file does not fit the data.
+    Returns int64 indices, ascending. Raises UserError when a number or file does not fit the data.
 
     [authors' code] Of each class draw the given share of its images, at least one; their union is
     the labelled set. A share of the whole would leave rare findings without one example: Hernia is
@@ -186,8 +190,9 @@ def choose_labelled(data, labels, seed):
         wanted = [line.strip() for line in read_lines(labels) if line.strip()]
         strange = [name for name in wanted if name not in row]
         if strange or not wanted:
-            raise UserError(f"--labels {labels}: {strange[0] if strange else 'nothing'} is not a training "
-                            f"image; give one name a line, such as {data.names[data.train[0]]}")
+            what = f"{strange[0]} is not a training image" if strange else "the file is empty"
+            raise UserError(f"--labels {labels}: {what}; give one image a line, such as "
+                            f"{data.names[data.train[0]]}")
         return np.unique([row[name] for name in wanted])
 
     targets = data.targets[data.train]
@@ -195,7 +200,8 @@ def choose_labelled(data, labels, seed):
         targets = np.column_stack([targets, targets.sum(1) == 0])
     generator = np.random.default_rng(seed)
     chosen = np.zeros(len(targets), bool)
-    # How large the share must be before an image is drawn: its place in the random order of its class.
+    # How large the share must be before an image is drawn: its place in the random order of its
+    # class.
     share_needed = np.full(len(targets), np.inf)
     for column in targets.T:
         members = generator.permutation(np.flatnonzero(column))
@@ -204,8 +210,8 @@ def choose_labelled(data, labels, seed):
         share_needed[members] = np.minimum(share_needed[members], place)
     if labels >= 1:
         if not chosen.sum() <= labels <= len(targets):
-            raise UserError(f"--labels {labels}: one example of each class takes {chosen.sum()} images "
-                            f"and there are {len(targets)} to train on; give a number between")
+            raise UserError(f"--labels {labels} is not from {chosen.sum()}, one of each class, "
+                            f"to {len(targets)}, all training images")
         # First the one of each class, then what a growing share would draw next.
         chosen[np.lexsort((share_needed, ~chosen))[:labels]] = True
     return np.sort(data.train[chosen])
@@ -215,33 +221,36 @@ def choose_labelled(data, labels, seed):
 # 2. Views: one image, seen differently
 # ==================================================================================================
 
-# Both stages learn by asking for one answer to several views of an image. What the views change (place,
-# exposure, sharpness) the network learns to overlook; what they all share it must learn to see.
+# Both stages learn by asking for one answer to several views of an image. What the views change
+# (place, exposure, sharpness) the network learns to overlook; what they all share it must learn to
+# see.
 #
-# The views are tensor arithmetic on a whole batch, on whatever device it is. The functions that change
-# images take the random draws as arguments [N], so that each can be tested against torchvision's;
-# random_views draws them.
+# The views are tensor arithmetic on a whole batch, on whatever device it is. The functions that
+# change images take the random draws as arguments [N], so that each can be tested against
+# torchvision's; random_views draws them.
 
 # All strengths of a view at zero: a test image. Their meaning and units:
 PLAIN = dict(
-    # Random crop: the largest share of the area that is cut away. torchvision's scale=(.2, 1) is .8.
+    # Random crop: the largest share of the area that is cut away. torchvision's scale=(.2, 1) is
+    # .8.
     crop=0.0,
     # Rotation: largest angle in degrees, and the share of views that are rotated at all.
     rotate=0.0, rotate_p=0.0,
     # Share of views that are mirrored left to right.
     flip_p=0.0,
-    # Brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter, and the hue turned
-    # by up to this share of a full circle, in a share jitter_p of the views.
+    # Brightness, contrast and saturation are multiplied by 1 - jitter to 1 + jitter, and the hue
+    # turned by up to this share of a full circle, in a share jitter_p of the views.
     jitter=0.0, hue=0.0, jitter_p=0.0,
-    # Gaussian blur: largest standard deviation in pixels (the smallest is .1), and the share of views.
+    # Gaussian blur: largest standard deviation in pixels (the smallest is .1), and the share of
+    # views.
     blur=0.0, blur_p=0.0,
     # Share of views that lose a random rectangle.
     erase_p=0.0,
 )
 
-# One normalisation for pre-training, fine-tuning and test: ImageNet's, as the ImageNet weights expect;
-# for grey images its mean over the colours. [our choice] The authors' code has two, so that its second
-# stage starts on inputs that its first never saw.
+# One normalisation for pre-training, fine-tuning and test: ImageNet's, as the ImageNet weights
+# expect; for grey images its mean over the colours. [our choice] The authors' code has two, so that
+# its second stage starts on inputs that its first never saw.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -269,8 +278,8 @@ def random_views(images, augment, size):
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
     if augment["crop"] or augment["rotate"] or augment["flip_p"]:
-        # Area and sides' ratio as in torchvision's RandomResizedCrop. A side longer than the image is
-        # cut to it, where torchvision draws again. [our choice]
+        # Area and sides' ratio as in torchvision's RandomResizedCrop. A side longer than the image
+        # is cut to it, where torchvision draws again. [our choice]
         area = uniform(1 - augment["crop"], 1)
         ratio = torch.exp(uniform(-1, 1) * math.log(4 / 3) * (augment["crop"] > 0))
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -285,8 +294,8 @@ def random_views(images, augment, size):
         hue = sometimes(augment["jitter_p"]) * augment["hue"] * uniform(-1, 1)
         images = jitter_colours(images, *factors, hue)
 
-    # Blurring is the dearest step, so only the images drawn for it take it. How many they are is drawn
-    # on the CPU: to ask a GPU for the number would make it wait.
+    # Blurring is the dearest step, so only the images drawn for it take it. How many they are is
+    # drawn on the CPU: to ask a GPU for the number would make it wait.
     blurred = int(augment["blur_p"] * count + torch.rand(()))
     if blurred:
         picked = torch.rand(count, device=device).argsort()[:blurred]
@@ -305,7 +314,7 @@ def random_views(images, augment, size):
 
 
 def channel_values(values, images):
-    """MEAN or STD shaped to go with images [N, C, H, W]: one value a channel, for grey their mean."""
+    """MEAN or STD as [C, 1, 1] to go with images [N, C, H, W]; for grey their mean."""
     values = torch.tensor(values, device=images.device)
     return (values if images.shape[1] == 3 else values.mean(0, keepdim=True)).view(-1, 1, 1)
 
@@ -322,8 +331,8 @@ def crop_rotate_flip(images, left, top, width, height, angle, flip):
     The result is that of torchvision's three functions one after another, but smoothed once instead
     of twice, and with the image itself in the corners where they would show black.
     """
-    # Where in the input does an output pixel come from? Go back along the chain: mirror x, turn by the
-    # angle, shrink to the crop's size, move to its centre. Coordinates run from -1 to 1.
+    # Where in the input does an output pixel come from? Go back along the chain: mirror x, turn by
+    # the angle, shrink to the crop's size, move to its centre. Coordinates run from -1 to 1.
     radians = torch.deg2rad(angle)
     cos, sin, mirror = radians.cos(), radians.sin(), 1 - 2 * flip
     to_x = torch.stack([width * cos * mirror, -width * sin, 2 * left + width - 1], 1)
@@ -335,7 +344,7 @@ def crop_rotate_flip(images, left, top, width, height, angle, flip):
 def jitter_colours(images, brightness, contrast, saturation, hue):
     """Change exposure and colour of each image.
 
-    images                            float32 [N, C, H, W] in 0..1; a grey one has no colour to change
+    images                            float32 [N, C, H, W] in 0..1; grey ones have no colour
     brightness, contrast, saturation  float32 [N], factors, 1 for no change
     hue                               float32 [N], turns of the colour circle, 0 for no change
     Returns float32 [N, C, H, W] in 0..1.
@@ -348,12 +357,15 @@ def jitter_colours(images, brightness, contrast, saturation, hue):
     if images.shape[1] == 3:
         # In YIQ coordinates the first number is the grey level and the other two span the colours:
         # saturation stretches that plane and hue turns it, together one 3 x 3 matrix an image.
-        # torchvision turns the hue in HSV, which no matrix can; the purpose is the same. [our choice]
-        to_yiq = images.new_tensor([[0.299, 0.587, 0.114], [0.596, -0.275, -0.321], [0.212, -0.523, 0.311]])
+        # torchvision turns the hue in HSV, which no matrix can; the purpose is the same. [our
+        # choice]
+        to_yiq = torch.tensor(
+            [[0.299, 0.587, 0.114], [0.596, -0.275, -0.321], [0.212, -0.523, 0.311]])
+        to_yiq, back = to_yiq.to(images.device), to_yiq.inverse().to(images.device)
         cos, sin = (saturation * wave(2 * math.pi * hue) for wave in (torch.cos, torch.sin))
         one, zero = torch.ones_like(cos), torch.zeros_like(cos)
         turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
-        images = torch.einsum("nij,njhw->nihw", to_yiq.inverse() @ turn @ to_yiq, images)
+        images = torch.einsum("nij,njhw->nihw", back @ turn @ to_yiq, images)
         grey = torch.einsum("c,nchw->nhw", to_yiq[0], images)
     # Contrast moves the pixels away from the image's mean grey level, or towards it.
     mean = grey.flatten(1).mean(1)
@@ -361,13 +373,13 @@ def jitter_colours(images, brightness, contrast, saturation, hue):
 
 
 def gaussian_blur(images, sigma):
-    """Blur each image [N, C, H, W] with a Gaussian of its own standard deviation sigma [N], in pixels.
+    """Blur each image [N, C, H, W] with a Gaussian of its own sigma [N], in pixels.
 
     At the border the Gaussian is cut off and its weights rescaled to a sum of 1.
     """
-    # A Gaussian treats rows and columns apart, so blurring is a matrix product from the left and one from
-    # the right. Far more multiplications than sliding a small kernel, yet faster, as matrix products are
-    # what machines do best; and every image may have its own sigma.
+    # A Gaussian treats rows and columns apart, so blurring is a matrix product from the left and
+    # one from the right. Far more multiplications than sliding a small kernel, yet faster, as
+    # matrix products are what machines do best; and every image may have its own sigma.
     def weights(side):
         place = torch.arange(side, device=images.device)
         squared_distance = (place[:, None] - place[None, :]).float().square()
@@ -377,7 +389,7 @@ def gaussian_blur(images, sigma):
 
 
 def erase(images, left, top, width, height):
-    """Set one rectangle of each image [N, C, H, W] to 0, given by [N] shares of the image's sides."""
+    """Set a rectangle of each image [N, C, H, W] to 0, given in shares [N] of the image's sides."""
     def inside(start, length, side):
         place = (torch.arange(side, device=images.device) + 0.5) / side
         return (place >= start[:, None]) & (place < (start + length)[:, None])
@@ -399,17 +411,18 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
     outputs   int: D with head "mlp", the number of classes with head "linear"
     head      "mlp", the projection of stage 1, dropped after it; "linear", a classifier's logits
     imagenet  bool: start densenet121 from torchvision's ImageNet weights, a download of 31 MB
-    Returns an nn.Module, [N, channels, H, W] -> [N, outputs]. UserError if the weights cannot be had.
+    Returns an nn.Module, [N, channels, H, W] -> [N, outputs]. UserError if there are no weights.
     """
     if arch == "densenet121":
         network = torchvision.models.densenet121()
         if imagenet:
             network.load_state_dict(imagenet_weights())
     else:
-        network = torchvision.models.DenseNet(growth_rate=16, block_config=(2, 4, 4), num_init_features=32)
+        network = torchvision.models.DenseNet(16, block_config=(2, 4, 4), num_init_features=32)
     if channels == 1:
-        # Three equal channels through a filter are one channel through the filter's sum. So grey images
-        # stay grey, at a third of the memory, and see exactly the network that their RGB copy would.
+        # Three equal channels through a filter are one channel through the filter's sum. So grey
+        # images stay grey, at a third of the memory, and see exactly the network that their RGB
+        # copy would.
         stem = network.features.conv0
         stem.weight, stem.in_channels = nn.Parameter(stem.weight.sum(1, keepdim=True)), 1
     features = network.classifier.in_features
@@ -417,19 +430,20 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
     if head == "mlp":
         hidden = nn.Sequential(nn.Linear(features, features), nn.ReLU())
         network.classifier = hidden.append(network.classifier)
-    # Keep the channels of a pixel side by side in memory, the order in which convolutions run fastest.
+    # Keep the channels of a pixel side by side in memory, the order in which convolutions run
+    # fastest.
     return network.to(memory_format=torch.channels_last)
 
 
 def make_teacher(student):
     """A copy of the student that no gradient reaches; only ema_update changes it.
 
-    Its BatchNorm layers, while training, normalise with the statistics of the batch at hand. The other
-    way, evaluation mode with running statistics, would describe what the student's fast-moving weights
-    produced in the past and not what the teacher's averaged weights produce now: tried on digits,
-    stage 1 then does not learn, its loss stuck near log(K + 1), the loss of guessing.
-    Evaluation does need running statistics. They follow the student's in ema_update, like weights, and
-    must not also be moved by the teacher's own passes, as they are in the authors' code. That is what
+    Its BatchNorm layers, while training, normalise with the statistics of the batch at hand. The
+    other way, evaluation mode with running statistics, would describe what the student's fast
+    weights produced in the past and not what the teacher's averaged weights produce now: tried on
+    digits, stage 1 then does not learn, its loss stuck near log(K + 1), the loss of guessing.
+    Evaluation does need running statistics. They follow the student's in ema_update, like weights,
+    and must not also be moved by the teacher's own passes, as in the authors' code. That is what
     track_running_stats=False means to a BatchNorm that has them already.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
@@ -447,8 +461,8 @@ def ema_update(teacher, student, momentum):
     momentum          float in 0..1; .999 averages over about the last 1 / (1 - .999) = 1,000 steps
 
     With a student that stands still, n updates give momentum^n teacher + (1 - momentum^n) student.
-    BatchNorm's running mean and variance are averaged like weights; its integer count of batches has
-    no meaningful average and is copied. [our choice; in the authors' code integers stay behind]
+    BatchNorm's running mean and variance are averaged like weights; its integer count of batches
+    has no meaningful average and is copied. [our choice] In the authors' code it stays behind.
     """
     pairs = zip([*teacher.parameters(), *teacher.buffers()],
                 [*student.parameters(), *student.buffers()], strict=True)
@@ -472,15 +486,16 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     queue              float [K, D], the negatives, without gradient
     temperature        float > 0
     covariance_weight  float >= 0: 1 is the exact bound; 0 with M = 1 is MoCo's InfoNCE
-    Returns a scalar, the mean over the N images. From JCL (arXiv 2009.14776), whose loss S2MTS2 takes.
+    Returns a scalar, the mean over the N images. It is the loss of JCL (arXiv 2009.14776). [paper]
 
     InfoNCE asks which of 1 + K keys is of the query's own image. It is a cross-entropy,
         -log( e^(q.k/t) / (e^(q.k/t) + sum_j e^(q.n_j/t)) ),
-    and its value hangs on the one view of which k happens to be the key. Better would be its mean over
-    all views that the image could have had. Let their keys be Gaussian, with mean mu and covariance S:
+    and its value hangs on the one view of which k happens to be the key. Better would be its mean
+    over all views that the image could have had. Let their keys be Gaussian, with mean mu and
+    covariance S:
       - the mean of -q.k/t is -q.mu/t;
-      - the mean of log(e^(q.k/t) + ...) is at most log(mean of e^(q.k/t) + ...), since log is concave
-        (Jensen's inequality);
+      - the mean of log(e^(q.k/t) + ...) is at most log(mean of e^(q.k/t) + ...), because log is
+        concave (Jensen's inequality);
       - the mean of e^(q.k/t) is e^(q.mu/t + q'Sq/(2 t^2)), a Gaussian's moment-generating function.
     So the mean over infinitely many keys is at most, with c = 1,
         L = log( e^(q.mu/t + c q'Sq/(2 t^2)) + sum_j e^(q.n_j/t) ) - q.mu/t.
@@ -488,8 +503,8 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     What the covariance term does: q'Sq is large when the views of an image still disagree in the
     direction of its query, and the loss falls when they agree.
 
-    How it is computed: q'Sq is nothing but the variance of q.k over the keys. The N x M similarities
-    are enough, and no D x D matrix is ever formed.
+    How it is computed: q'Sq is nothing but the variance of q.k over the keys. The N x M
+    similarities are enough, and no D x D matrix is ever formed.
     """
     positives = torch.einsum("nd,nmd->nm", query, keys) / temperature
     mean, variance = positives.mean(1), positives.var(1, unbiased=False)
@@ -505,7 +520,7 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 
 
 def pretrain(data, args):
-    """Pre-train student and teacher on all training images with the joint contrastive loss, no labels.
+    """Pre-train student and teacher on all training images, without labels.
 
     data  Data
     args  from parse_args(["pretrain", ...])
@@ -520,11 +535,12 @@ def pretrain(data, args):
     student = build_network(args.arch, data.images.shape[1], args.dim, "mlp", imagenet).to(device)
     teacher = make_teacher(student)
 
-    # The negatives. To tell its own key from a handful of others is easy and teaches little; it takes
-    # thousands, more than fit in a batch. So the teacher's answers to the last K images are kept and
-    # used again: the slow teacher would hardly answer otherwise now. Until real ones have come, random
-    # directions fill the queue. [authors' code] It is never longer than the training set, or else most
-    # images would find older answers to themselves among the negatives. [our choice]
+    # The negatives. To tell its own key from a handful of others is easy and teaches little; it
+    # takes thousands, more than fit in a batch. So the teacher's answers to the last K images are
+    # kept and used again: the slow teacher would hardly answer otherwise now. Until real ones have
+    # come, random directions fill the queue. [authors' code] It is never longer than the training
+    # set, or else most images would find older answers to themselves among the negatives. [our
+    # choice]
     length = min(args.queue, len(data.train))
     if length < args.queue:
         print(f"queue cut from {args.queue} to {length}, the number of training images")
@@ -538,28 +554,31 @@ def pretrain(data, args):
     steps = len(data.train) // args.batch
 
     def one_epoch(epoch):
-        # The spread of an image's keys means little while the network is untrained, so the weight of
-        # the covariance grows: c = lambda (epoch + 1) / epochs. [authors' code]
+        # The spread of an image's keys means little while the network is untrained, so the weight
+        # of the covariance grows: c = lambda (epoch + 1) / epochs. [authors' code]
         covariance_weight = args.covariance_weight * (epoch + 1) / args.epochs
         order = shuffled(data.train, steps * args.batch)
         for step, picked in enumerate(order.split(args.batch)):
             images = gather(data, picked, device)
             query_views = random_views(images, args.augment, args.size)
-            key_views = random_views(images.repeat_interleave(args.keys, 0), args.augment, args.size)
+            copies = images.repeat_interleave(args.keys, 0)
+            key_views = random_views(copies, args.augment, args.size)
             with mixed_precision(device, args.amp):
                 query = F.normalize(student(query_views).float(), dim=1)
                 with torch.no_grad():
                     # All keys in one pass, then [N * M, D] -> [N, M, D].
-                    keys = F.normalize(teacher(key_views).float(), dim=1).unflatten(0, (-1, args.keys))
+                    keys = F.normalize(teacher(key_views).float(), dim=1)
+                    keys = keys.unflatten(0, (-1, args.keys))
             loss = joint_contrastive_loss(query, keys, queue, args.temperature, covariance_weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             ema_update(teacher, student, args.teacher_momentum)
-            # First in, first out: the new means take the place of the oldest, round and round. A mean
-            # of unit vectors is shorter than 1 and stays so. [authors' code]
+            # First in, first out: the new means take the place of the oldest, round and round. A
+            # mean of unit vectors is shorter than 1 and stays so. [authors' code]
             first = (epoch * steps + step) * args.batch
-            queue[torch.arange(first, first + args.batch, device=device) % length] = keys.mean(1)
+            places = torch.arange(first, first + args.batch, device=device) % length
+            queue[places[-length:]] = keys.mean(1)[-length:]
             yield loss
 
     run_stage(data, args, state, progress, one_epoch, steps, args.batch)
@@ -576,8 +595,9 @@ def finetune(data, args):
 
     data  Data
     args  from parse_args(["finetune", ...])
-    Returns the metrics as in metrics.json. Leaves finetune.pt, log.jsonl, labelled.txt, metrics.json
-    and predictions.csv in the output folder. Raises UserError when args and data do not fit together.
+    Returns the metrics as in metrics.json. Leaves finetune.pt, log.jsonl, labelled.txt,
+    metrics.json and predictions.csv in the output folder.
+    Raises UserError when args and data do not fit together.
     """
     device = choose_device(args.device)
     labelled = choose_labelled(data, args.labels, args.seed)
@@ -588,12 +608,13 @@ def finetune(data, args):
     optimizer = make_optimizer(student.parameters(), args.lr, betas=(0.9, 0.99), eps=args.eps)
     state = dict(student=student, teacher=teacher, optimizer=optimizer)
     progress = resume(data, args, state, labelled)
-    names = "".join(f"{data.names[index]}\n" for index in labelled)
-    write_file(output_folder(data, args) / "labelled.txt", lambda file: file.write_text(names))
+    write_text(output_folder(data, args) / "labelled.txt",
+               "".join(f"{data.names[index]}\n" for index in labelled))
     print(f"{len(labelled)} labelled and {len(unlabelled)} unlabelled training images")
 
-    # An epoch shows each unlabelled image once. The labelled ones are few and come round many times.
-    # Without unlabelled images the steps are as many, so that runs can be compared. [our choice]
+    # An epoch shows each unlabelled image once. The labelled ones are few and come round many
+    # times. Without unlabelled images the steps are as many, so that runs can be compared. [our
+    # choice]
     steps = math.ceil(max(len(labelled), len(unlabelled)) / args.batch)
     consistent = args.consistency > 0 and len(unlabelled) > 0
 
@@ -606,11 +627,12 @@ def finetune(data, args):
             targets = torch.from_numpy(data.targets[picked.numpy()]).to(device)
             views = random_views(gather(data, picked, device), args.augment, args.size)
             if consistent:
-                # Two views of an unlabelled image, one for each network. Shown the same pixels, as in
-                # the authors' code, they would agree without having learnt to overlook anything.
+                # Two views of an unlabelled image, one for each network. Shown the same pixels, as
+                # in the authors' code, they would agree without having learnt to overlook anything.
                 images = gather(data, unlabelled_order[step], device)
                 teacher_views = random_views(images, args.augment, args.size)
-                # Labelled and unlabelled go through the student together: BatchNorm sees both kinds.
+                # Labelled and unlabelled go through the student together: BatchNorm sees both
+                # kinds.
                 views = torch.cat([views, random_views(images, args.augment, args.size)])
             with mixed_precision(device, args.amp):
                 logits = student(views).float()
@@ -623,8 +645,9 @@ def finetune(data, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # A long memory would hold on to the untrained classifier for hundreds of steps. The plain
-            # average of all states so far has momentum 1 - 1 / (steps + 1): begin like that. [our choice]
+            # A long memory would hold on to the untrained classifier for hundreds of steps. The
+            # plain average of all states so far has momentum 1 - 1 / (steps + 1): begin like that.
+            # [our choice]
             past = epoch * steps + step
             ema_update(teacher, student, min(1 - 1 / (past + 1), args.teacher_momentum))
             yield loss
@@ -636,8 +659,8 @@ def finetune(data, args):
 def supervised_loss(logits, targets, multilabel):
     """Cross-entropy of logits [N, C] with targets [N, C] of 0 and 1; a scalar. [paper]
 
-    Multi-label: every class is a yes or no of its own, so binary cross-entropy, averaged over classes and
-    images. Multi-class: one of C, so softmax cross-entropy, averaged over images.
+    Multi-label: each class is a yes or no of its own, so binary cross-entropy, averaged over
+    classes and images. Multi-class: one of C, so softmax cross-entropy, averaged over images.
     """
     if multilabel:
         return F.binary_cross_entropy_with_logits(logits, targets)
@@ -648,11 +671,11 @@ def consistency_loss(student_logits, teacher_logits, multilabel):
     """Mean squared difference of student's and teacher's probabilities, from logits [N, C]. [paper]
 
     It takes no label to know that two views of an image deserve one answer. The teacher's serves as
-    target, being the steadier. Probabilities, not logits, are compared: whether a "no" is firm
-    or very firm must not matter.
+    target, being the steadier. Probabilities are compared, not logits: whether a "no" is firm or
+    very firm must not matter.
     """
-    difference = probabilities(student_logits, multilabel) - probabilities(teacher_logits, multilabel)
-    return difference.square().mean()
+    return F.mse_loss(probabilities(student_logits, multilabel),
+                      probabilities(teacher_logits, multilabel))
 
 
 def probabilities(logits, multilabel):
@@ -664,24 +687,24 @@ def starting_networks(data, args):
     """Student and teacher at the start of stage 2: stage 1's, with one and the same new classifier.
 
     args.start is the path of a pretrain.pt, "scratch" or "imagenet". Returns two nn.Modules.
-    Raises UserError unless the checkpoint sets every weight but the classifier's and brings no other.
+    Raises UserError unless the checkpoint has all weights but the classifier's, and no other.
     """
-    channels = data.images.shape[1]
-    student = build_network(args.arch, channels, len(data.classes), imagenet=args.start == "imagenet")
+    channels, imagenet = data.images.shape[1], args.start == "imagenet"
+    student = build_network(args.arch, channels, len(data.classes), imagenet=imagenet)
     teacher = make_teacher(student)
     if args.start in ("scratch", "imagenet"):
         return student, teacher
     state = load_checkpoint(args.start, "pretrain")["state"]
-    for network, weights in ((student, state["student"]), (teacher, state["teacher"])):
-        features = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
+    for network, name in ((student, "student"), (teacher, "teacher")):
+        features = {key: value for key, value in state[name].items() if "classifier." not in key}
         # strict=False alone would be content with a checkpoint of which not one weight fits.
         try:
             missing, unexpected = network.load_state_dict(features, strict=False)
         except RuntimeError as error:
             missing, unexpected = [], [str(error).splitlines()[-1].strip()]
         if missing != ["classifier.weight", "classifier.bias"] or unexpected:
-            raise UserError(f"{args.start} does not fit a {args.arch} with {channels} channel(s), at "
-                            f"{(unexpected + missing)[0]}; leave out --arch and --data to take its own")
+            raise UserError(f"{args.start} does not fit a {args.arch} with {channels} channel(s): "
+                            f"{(unexpected + missing)[0]}; leave out --arch and --data")
     return student, teacher
 
 
@@ -694,7 +717,7 @@ def starting_networks(data, args):
 def evaluate(network, data, indices, size, batch=64, amp=False):
     """Probabilities of all classes for some images, each image once and in the order given.
 
-    network  from build_network, on any device    size  int, pixels      amp  bool, see mixed_precision
+    network  from build_network, on any device    size   int, pixels
     indices  int64 [n], rows of data.images       batch  int, images at a time
     Returns float32 [n, C].
     """
@@ -714,61 +737,64 @@ def evaluate(network, data, indices, size, batch=64, amp=False):
 def classification_metrics(targets, scores, classes, multilabel):
     """How well scores [n, C] agree with targets [n, C] of 0 and 1. Returns a dict, all from 0 to 1.
 
-    auc       {class: area under the ROC curve, or None where all targets are 1 or all are 0: there is
-              then nothing to rank}
+    auc       {class: area under the ROC curve, or None where all targets are 1 or all are 0,
+              since there is then nothing to rank}
     mean_auc  mean over the classes that have one; None if none has
     Multi-class, where a class is ranked against all others, also: accuracy, macro_sensitivity,
     macro_specificity, macro_f1. "Macro" is the plain mean over the classes that occur in targets.
     """
-    auc = {name: float(metrics.roc_auc_score(truth, score)) if 0 < truth.sum() < len(truth) else None
-           for name, truth, score in zip(classes, targets.T, scores.T, strict=True)}
+    auc = {}
+    for name, truth, score in zip(classes, targets.T, scores.T, strict=True):
+        both = 0 < truth.sum() < len(truth)
+        auc[name] = float(metrics.roc_auc_score(truth, score)) if both else None
     known = [value for value in auc.values() if value is not None]
     result = dict(mean_auc=float(np.mean(known)) if known else None, auc=auc)
     if not multilabel:
         truth, answer = targets.argmax(1), scores.argmax(1)
         present = np.unique(truth)
-        # For each class that occurs [[true negatives, false positives], [false negatives, true positives]].
-        counts = metrics.multilabel_confusion_matrix(truth, answer, labels=present).astype(float)
-        negatives = counts[:, 0].sum(1)
-        result["accuracy"] = float(metrics.accuracy_score(truth, answer))
-        result["macro_sensitivity"] = float(np.mean(counts[:, 1, 1] / counts[:, 1].sum(1)))
-        result["macro_specificity"] = (
-            float(np.mean(counts[:, 0, 0] / negatives)) if negatives.all() else None)
-        result["macro_f1"] = float(metrics.f1_score(truth, answer, labels=present, average="macro"))
+        # A class's specificity is the sensitivity for "not this class".
+        specificity = [np.mean(answer[truth != one] != one) for one in present if len(present) > 1]
+        macro = dict(labels=present, average="macro", zero_division=0)
+        result |= dict(
+            accuracy=float(metrics.accuracy_score(truth, answer)),
+            macro_sensitivity=float(metrics.recall_score(truth, answer, **macro)),
+            macro_specificity=float(np.mean(specificity)) if specificity else None,
+            macro_f1=float(metrics.f1_score(truth, answer, **macro)))
     return result
 
 
 def report(student, teacher, data, args):
-    """Test both networks on the whole test split, print the table, write metrics.json, predictions.csv.
+    """Test both networks on the whole test split; write the table, metrics.json, predictions.csv.
 
-    The result is the teacher's after the last epoch. The test images have chosen nothing: no epoch, no
-    network, no setting. The student is there to compare.
+    The result is the teacher's after the last epoch. The test images have chosen nothing: no epoch,
+    no network, no setting. The student is there to compare.
     Returns the dict in metrics.json: classification_metrics, and the student's under "student".
     """
     targets, batch = data.targets[data.test], max(args.batch, 64)
-    scores = [evaluate(network, data, data.test, args.size, batch, args.amp) for network in (teacher, student)]
-    result, students = (classification_metrics(targets, each, data.classes, data.multilabel) for each in scores)
+    scores = [evaluate(network, data, data.test, args.size, batch, args.amp)
+              for network in (teacher, student)]
+    result, students = (classification_metrics(targets, each, data.classes, data.multilabel)
+                        for each in scores)
     rows = [(name, result["auc"][name], students["auc"][name]) for name in data.classes]
     rows += [(name, result[name], students[name]) for name in result if name != "auc"]
     width = max(len(row[0]) for row in rows)
     print(f"{f'AUC on {len(targets)} test images':{width}}  teacher  student")
     for name, *values in rows:
-        print(f"{name:{width}}", *(f"{'n/a':>8}" if value is None else f"{value:8.4f}" for value in values))
+        shown = ("n/a" if value is None else f"{value:.4f}" for value in values)
+        print(f"{name:{width}}", *(f"{value:>8}" for value in shown))
     unknown = [name for name, value in result["auc"].items() if value is None]
     if unknown:
-        print(f"n/a: the test split has no positive, or no negative, of {', '.join(unknown)}: not in the mean")
+        print("n/a, and not in the mean, because the test split has no positive or no negative: "
+              + ", ".join(unknown))
 
     result["student"] = students
     out = output_folder(data, args)
-    write_file(out / "metrics.json", lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
-    lines = [["image", *data.classes]]
-    lines += [[data.names[index], *map("{:.6f}".format, row)] for index, row in zip(data.test, scores[0])]
-
-    def write_predictions(file):
-        with open(file, "w", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows(lines)
-
-    write_file(out / "predictions.csv", write_predictions)
+    write_text(out / "metrics.json", json.dumps(result, indent=1) + "\n")
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(
+        [["image", *data.classes]] + [[data.names[index], *map("{:.6f}".format, row)]
+                                      for index, row in zip(data.test, scores[0], strict=True)])
+    write_text(out / "predictions.csv", table.getvalue())
     print(f"written to {out}: metrics.json, predictions.csv")
     return result
 
@@ -781,8 +807,9 @@ def report(student, teacher, data, args):
 # 8. Folders of images [plumbing]
 # ==================================================================================================
 
-CXR14_CLASSES = ("Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
-                 "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
+CXR14_CLASSES = (
+    "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
+    "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
 CXR14_HELP = ("--root must name a folder with Data_Entry_2017.csv (or Data_Entry_2017_v2020.csv), "
               "train_val_list.txt, test_list.txt and images/*.png; all of them come from "
               "https://nihcc.app.box.com/v/ChestXray-NIHCC")
@@ -801,7 +828,7 @@ def load_cxr14(root, size, cache, uncertain):
     findings = {}
     for row in csv.reader(read_lines(table)[1:]):
         if len(row) < 2 or row[0] in findings:
-            raise UserError(f"{table}: not one line an image, or not name,findings at {','.join(row)!r:.80}")
+            raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
         findings[row[0]] = [] if row[1] == "No Finding" else row[1].split("|")
         unknown = [finding for finding in findings[row[0]] if finding not in CXR14_CLASSES]
         if unknown:
@@ -812,13 +839,12 @@ def load_cxr14(root, size, cache, uncertain):
     names, seen = train + test, set()
     for name in names:
         if name in seen:
-            raise UserError(f"image {name} is listed twice in {lists[0]} and {lists[1]}; "
-                            "no image may be in both or in one of them twice")
+            raise UserError(f"image {name} is twice in {lists[0]} and {lists[1]}, once is allowed")
         if name not in findings:
-            raise UserError(f"image {name} is in a list but not in {table}; take all files of one release")
+            raise UserError(f"image {name} is in a list, not in {table}; take files of one release")
         seen.add(name)
 
-    targets = np.array([[finding in findings[name] for finding in CXR14_CLASSES] for name in names])
+    targets = [[finding in findings[name] for finding in CXR14_CLASSES] for name in names]
     images = decode_images([root / "images" / name for name in names], size, 1, Path(cache or root))
     return Data("cxr14", images, targets, CXR14_CLASSES, names, np.arange(len(train)),
                 np.arange(len(train), len(names)), multilabel=True)
@@ -828,11 +854,12 @@ def decode_images(files, size, channels, cache):
     """Decode and resize a folder of images, once: the result is kept and opened at once ever after.
 
     files  paths    size  int, pixels    channels  1 (grey, whatever the file holds) or 3 (RGB)
-    cache  folder for the result, a .npy named by a hash of the files' names, the size and the channels
-    Returns uint8 [files, channels, size, size], memory-mapped. UserError names a missing or broken image.
+    cache  folder for the result, a .npy named by a hash of file names, size and channels
+    Returns uint8 [files, channels, size, size], memory-mapped.
+    Raises UserError that names a missing or broken image.
 
-    Until it is whole the result is called .part, beside a .count of the images that are surely in it: an
-    interrupted call goes on from there.
+    Until it is whole the result is called .part, beside a .count of the images that are surely in
+    it: an interrupted call goes on from there.
     """
     key = fingerprint(str(size), str(channels), *(file.name for file in files))
     whole = cache / f"s2mts2-{size}px-{key}.npy"
@@ -842,7 +869,8 @@ def decode_images(files, size, channels, cache):
     present = {path for folder in {file.parent for file in files} for path in folder.iterdir()}
     missing = [file for file in files if file not in present]
     if missing:
-        raise UserError(f"{len(missing)} of {len(files)} images are missing, the first is {missing[0]}")
+        raise UserError(f"{len(missing)} of {len(files)} images are missing, such as {missing[0]}; "
+                        "download the archive that holds it")
     mode = torchvision.io.ImageReadMode.GRAY if channels == 1 else torchvision.io.ImageReadMode.RGB
 
     def decode(index):
@@ -866,7 +894,7 @@ def decode_images(files, size, channels, cache):
                 for _ in pool.map(decode, range(start, stop)):
                     bar.update()
                 images.flush()
-                write_file(count, lambda file, stop=stop: file.write_text(str(stop)))
+                write_text(count, str(stop))
         os.replace(part, whole)
         count.unlink()
     except OSError as error:
@@ -896,10 +924,12 @@ LOADERS = dict(digits=load_digits, cxr14=load_cxr14)
 
 # A row for each data set and stage; the command line overrides it. size in pixels, batch in images,
 # queue in embeddings, temperature in units of cosine similarity, augment as explained at PLAIN.
-# schedule: "cosine" takes lr to 0 over the epochs; "steps" takes it to a tenth at 1/2 and at 5/6 of them.
+# schedule: "cosine" takes lr to 0 over the epochs; "steps" takes it to a tenth at 1/2 and at 5/6 of
+# them.
 
 RECIPES = dict(
-    # [our choice] Tuned on a held-out fifth of the training images, with seeds from 100 on; see README.
+    # [our choice] Tuned on a held-out fifth of the training images, with seeds from 100 on; see
+    # README.
     digits=dict(
         pretrain=dict(
             arch="tiny", init="random", size=32, epochs=40, batch=64,
@@ -908,7 +938,8 @@ RECIPES = dict(
             augment=dict(PLAIN, crop=0.7, rotate=10.0, rotate_p=1.0, jitter=0.4, jitter_p=0.8)),
         finetune=dict(
             size=32, epochs=14, batch=64, labels=0.02,
-            optimizer="adam", lr=0.003, eps=1e-8, schedule="cosine", teacher_momentum=0.99, consistency=50.0,
+            optimizer="adam", lr=0.003, eps=1e-8, schedule="cosine", teacher_momentum=0.99,
+            consistency=50.0,
             augment=dict(PLAIN, crop=0.7, rotate=10.0, rotate_p=1.0, jitter=0.4, jitter_p=0.8))),
     # [authors' code] all of it; their "small rotation" in stage 2 is taken as that of stage 1.
     cxr14=dict(
@@ -916,11 +947,12 @@ RECIPES = dict(
             arch="densenet121", init="imagenet", size=256, epochs=100, batch=256,
             lr=0.03, weight_decay=1e-4, schedule="cosine", teacher_momentum=0.999,
             keys=2, queue=65536, dim=128, temperature=0.07, covariance_weight=2.0,
-            augment=dict(PLAIN, crop=0.8, rotate=10.0, rotate_p=0.5, flip_p=0.5, jitter=0.4, hue=0.4,
-                         jitter_p=0.8, blur=2.0, blur_p=0.5, erase_p=0.5)),
+            augment=dict(PLAIN, crop=0.8, rotate=10.0, rotate_p=0.5, flip_p=0.5, jitter=0.4,
+                         hue=0.4, jitter_p=0.8, blur=2.0, blur_p=0.5, erase_p=0.5)),
         finetune=dict(
             size=512, epochs=30, batch=16, labels=0.02,
-            optimizer="adam", lr=0.05, eps=0.1, schedule="steps", teacher_momentum=0.999, consistency=1.0,
+            optimizer="adam", lr=0.05, eps=0.1, schedule="steps", teacher_momentum=0.999,
+            consistency=1.0,
             augment=dict(PLAIN, crop=0.8, rotate=10.0, rotate_p=0.5, flip_p=0.5))),
 )
 
@@ -947,8 +979,9 @@ def run_stage(data, args, state, progress, one_epoch, steps, images_per_step):
     """
     out, history = output_folder(data, args), progress["history"]
     write_log(out, args.stage, history)
-    with tqdm(total=args.epochs * steps * images_per_step, initial=len(history) * steps * images_per_step,
-              desc=args.stage, unit="image", unit_scale=True, mininterval=0.5) as bar:
+    images = steps * images_per_step
+    with tqdm(total=args.epochs * images, initial=len(history) * images, desc=args.stage,
+              unit="image", unit_scale=True, mininterval=0.5) as bar:
         for epoch in range(len(history), args.epochs):
             seed_everything(args.seed, args.stage, epoch)
             lr = learning_rate(args, epoch)
@@ -962,17 +995,17 @@ def run_stage(data, args, state, progress, one_epoch, steps, images_per_step):
                     bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
                 bar.update(images_per_step)
             loss, seconds = float(total) / steps, time.perf_counter() - start
-            rate = steps * images_per_step / seconds
             if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} in epoch {epoch + 1}, at learning rate {lr:g}; "
-                                "try a smaller --lr")
-            bar.write(f"{args.stage} {epoch + 1:{len(str(args.epochs))}}/{args.epochs}: loss {loss:.4f}, "
-                      f"learning rate {lr:.2g}, {rate:.0f} images/s")
-            history.append(dict(stage=args.stage, epoch=epoch, loss=loss, lr=lr,
-                                seconds=round(seconds, 3), images_per_second=round(rate, 1)))
+                raise UserError(f"the loss is {loss} in epoch {epoch + 1}, at a learning rate of "
+                                f"{lr:g}; try a smaller --lr")
+            bar.write(f"{args.stage} epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, "
+                      f"learning rate {lr:.2g}, {images / seconds:.0f} images/s")
+            history.append(dict(stage=args.stage, epoch=epoch, loss=loss, lr=lr, seconds=seconds,
+                                images_per_second=images / seconds))
             tensors = {name: value if isinstance(value, torch.Tensor) else value.state_dict()
                        for name, value in state.items()}
-            write_file(out / f"{args.stage}.pt", lambda file: torch.save(dict(progress, state=tensors), file))
+            checkpoint = dict(progress, state=tensors)
+            write_file(out / f"{args.stage}.pt", lambda file: torch.save(checkpoint, file))
             write_log(out, args.stage, history)
 
 
@@ -988,13 +1021,13 @@ def resume(data, args, state, labelled=None):
     if args.stage == "finetune":
         settings["from"] = args.start
         if args.start not in ("scratch", "imagenet"):
-            weights = load_checkpoint(args.start, "pretrain")["state"]
-            settings["from"] = fingerprint(*weights["student"].values(), *weights["teacher"].values())
-        settings["labels"] = f"{args.labels}, {fingerprint(labelled)}"
+            start = load_checkpoint(args.start, "pretrain")["state"]
+            settings["from"] = fingerprint(*start["student"].values(), *start["teacher"].values())
+        settings["labelled"] = fingerprint(labelled)
     settings["images"] = fingerprint(data.name, *data.names, data.targets, data.train, data.test)
-    shown = {name: {key: part for key, part in value.items() if part} if name == "augment" else value
-             for name, value in settings.items()}
-    print(textwrap.fill(f"{args.stage}: " + ", ".join(f"{name} {value}" for name, value in shown.items()), 100))
+    augment = {name: value for name, value in args.augment.items() if value}
+    shown = ", ".join(f"{name} {value}" for name, value in dict(settings, augment=augment).items())
+    print(textwrap.fill(f"{args.stage}: {shown}", 100))
 
     progress = dict(format=1, stage=args.stage, settings=settings, root=args.root, history=[])
     path = output_folder(data, args) / f"{args.stage}.pt"
@@ -1003,7 +1036,7 @@ def resume(data, args, state, labelled=None):
     checkpoint = load_checkpoint(path, args.stage)
     theirs = checkpoint["settings"]
     differ = [f"{name} {theirs.get(name)} there and {settings.get(name)} here"
-              for name in sorted(theirs.keys() | settings) if theirs.get(name) != settings.get(name)]
+              for name in sorted(theirs | settings) if theirs.get(name) != settings.get(name)]
     if differ:
         raise UserError(f"{path} is of other settings: {'; '.join(differ)}. "
                         "Use --fresh to start over or --out for another folder")
@@ -1011,12 +1044,13 @@ def resume(data, args, state, labelled=None):
         load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
         load(checkpoint["state"][name])
     done = len(checkpoint["history"])
-    print(f"{path}: finished, --fresh starts over" if done == args.epochs else f"{path}: going on after epoch {done}")
+    print(f"{path}:", "finished, --fresh starts over" if done == args.epochs else
+          f"going on after epoch {done}")
     return dict(progress, history=checkpoint["history"])
 
 
 def load_checkpoint(path, stage):
-    """The checkpoint of a stage, on the CPU. UserError if the file is missing, broken or of another kind."""
+    """The checkpoint of a stage, on the CPU. UserError if it is missing, broken or another."""
     try:
         # weights_only admits tensors and plain values; a pickle could run any code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1024,15 +1058,16 @@ def load_checkpoint(path, stage):
         raise UserError(f"there is no {path}; python s2mts2.py {stage} makes one") from None
     except Exception as error:
         # A broken file can make its reader stumble over anything.
-        raise UserError(f"{path} is broken or no checkpoint of this program ({type(error).__name__}); "
-                        f"python s2mts2.py {stage} --fresh makes a new one") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != 1 or checkpoint.get("stage") != stage:
+        raise UserError(f"{path} is broken or not a checkpoint of this program; python s2mts2.py "
+                        f"{stage} --fresh makes a new one ({type(error).__name__})") from None
+    kind = isinstance(checkpoint, dict) and (checkpoint.get("format"), checkpoint.get("stage"))
+    if kind != (1, stage):
         raise UserError(f"{path} is not a checkpoint that python s2mts2.py {stage} wrote")
     return checkpoint
 
 
 def write_file(path, write):
-    """write(temporary file), flush, rename: so path is the old file or the new one, never half of one."""
+    """write(temporary file), flush, rename: path is the old file or the new one, never half."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
@@ -1041,22 +1076,29 @@ def write_file(path, write):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); make room or choose another --out") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot write {path} ({reason}); make room or use another --out") from None
+
+
+def write_text(path, text):
+    """Write a text file as write_file does."""
+    write_file(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def write_log(out, stage, history):
     """Write log.jsonl: the lines of this stage anew, those of the other as they were."""
     log = out / "log.jsonl"
-    lines = [line for line in (read_lines(log) if log.exists() else []) if json.loads(line)["stage"] != stage]
+    old = read_lines(log) if log.exists() else []
+    lines = [line for line in old if json.loads(line)["stage"] != stage]
     lines += [json.dumps(entry) for entry in history]
-    write_file(log, lambda file: file.write_text("".join(line + "\n" for line in lines)))
+    write_text(log, "".join(line + "\n" for line in lines))
 
 
 def save_views(data, args):
-    """views.png: one training image a row, its query view and its keys, as the networks see them."""
+    """views.png: a training image a row, its query view and its keys, as the networks see them."""
     seed_everything(args.seed, "views")
-    images = gather(data, torch.from_numpy(data.train[:8]), "cpu").repeat_interleave(1 + args.keys, 0)
-    views = random_views(images, args.augment, args.size)
+    images = gather(data, torch.from_numpy(data.train[:8]), "cpu")
+    views = random_views(images.repeat_interleave(1 + args.keys, 0), args.augment, args.size)
     views = views * channel_values(STD, views) + channel_values(MEAN, views)
     grid = torchvision.utils.make_grid(views.clamp(0, 1), nrow=1 + args.keys)
     write_file(output_folder(data, args) / "views.png",
@@ -1066,8 +1108,8 @@ def save_views(data, args):
 def seed_everything(seed, stage, epoch=None):
     """Seed torch so that all draws to come depend on (seed, stage, epoch) alone.
 
-    Seeded anew at each epoch, a run that goes on after an interruption needs no generator's state: the
-    number of the epoch brings back its order of images, its views, everything.
+    Seeded anew at each epoch, a run that goes on after an interruption needs no generator's state:
+    the number of the epoch brings back its order of images, its views, everything.
     """
     torch.manual_seed(int(fingerprint(f"{seed} {stage} {epoch}")[:15], 16))
 
@@ -1086,11 +1128,13 @@ def gather(data, picked, device):
 def choose_device(name):
     """The torch.device for auto, cpu, cuda, cuda:1, mps. UserError if it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+        name = next(device for device in here if here[device])
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not to be had ({str(error).splitlines()[0]}); try auto") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not there ({reason}); try --device auto") from None
 
 
 def mixed_precision(device, amp):
@@ -1104,7 +1148,7 @@ def output_folder(data, args):
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the folder {out} ({error.strerror}); choose another --out") from None
+        raise UserError(f"cannot make {out} ({error.strerror}); choose another --out") from None
     return out
 
 
@@ -1117,19 +1161,24 @@ def fingerprint(*parts):
 
 
 def imagenet_weights():
-    """torchvision's ImageNet weights of DenseNet-121. UserError if they can be neither found nor fetched."""
+    """torchvision's ImageNet weights of DenseNet-121. UserError if they cannot be had."""
     weights = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise UserError(f"cannot download {weights.url} ({error}): put the file into {folder}, or do without: "
-                        "pretrain --init random, finetune --from scratch") from None
+        raise UserError(f"cannot download {weights.url} ({error}); put the file into {folder}, or "
+                        "do without: pretrain --init random, finetune --from scratch") from None
 
 
 # ==================================================================================================
 # 11. Command line [plumbing]
 # ==================================================================================================
+
+
+STAGES = dict(pretrain="stage 1: joint contrastive learning from all images, without labels",
+              finetune="stage 2: mean teacher with a few labels, then the test",
+              evaluate="the test of a finetune.pt once more")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1163,66 +1212,71 @@ def label_choice(text):
 
 
 def add_switches(parser, stage):
-    """The switches of a subcommand. None has a default here: see parse_args for where they come from."""
-    add, training = parser.add_argument, stage != "evaluate"
-    if training:
-        add("--data", choices=list(LOADERS), help="data set (digits, or the checkpoint's)")
+    """The switches of a subcommand. None has a default here: parse_args sees to that."""
+    def add(switch, text, **keywords):
+        parser.add_argument(switch, help=text, **keywords)
+
+    if stage == "evaluate":
+        add("checkpoint", "a finetune.pt (the newest under runs/)", nargs="?")
     else:
-        add("checkpoint", nargs="?", help="a finetune.pt (the newest under runs/)")
-    add("--root", metavar="DIR", help="folder of the data (data/NAME)")
-    add("--cache", metavar="DIR", help="folder for decoded images (--root)")
-    add("--out", metavar="DIR", help="folder for the results (runs/NAME, or the checkpoint's)")
-    add("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (auto)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 on CUDA (on)")
-    add("--batch", type=number(int, 2), metavar="N", help="images in a step, of each kind")
-    if training:
-        add("--fresh", action="store_true", default=None, help="start over, whatever is in --out")
-        add("--seed", type=number(int, 0), metavar="N", help="of weights, views and label draw (0)")
-        add("--arch", choices=["densenet121", "tiny"], help="network")
-        add("--size", type=number(int, 16, 4096), metavar="PX", help="side of a view in pixels")
-        add("--epochs", type=number(int, 1), metavar="N", help="passes over the images")
-        add("--lr", type=number(float, 0), metavar="X", help="learning rate at the start")
-        add("--teacher-momentum", type=number(float, 0, 1), metavar="A", help="what the teacher keeps of "
-            "itself in a step")
+        add("--data", "data set (digits, or the checkpoint's)", choices=list(LOADERS))
+    add("--root", "folder of the data (data/NAME)", metavar="DIR")
+    add("--cache", "folder for decoded images (--root)", metavar="DIR")
+    add("--out", "folder for the results (runs/NAME, or the checkpoint's)", metavar="DIR")
+    add("--device", "auto, cpu, cuda, cuda:1, mps (auto)", metavar="NAME")
+    add("--amp", "bfloat16 on CUDA (on)", action=argparse.BooleanOptionalAction)
+    add("--batch", "images in a step, of each kind", type=number(int, 2), metavar="N")
+    if stage == "evaluate":
+        return
+    add("--fresh", "start over, whatever is in --out", action="store_true", default=None)
+    add("--seed", "of weights, views and label draw (0)", type=number(int, 0), metavar="N")
+    add("--arch", "network", choices=["densenet121", "tiny"])
+    add("--size", "side of a view in pixels", type=number(int, 16, 4096), metavar="PX")
+    add("--epochs", "passes over the images", type=number(int, 1), metavar="N")
+    add("--lr", "learning rate at the start", type=number(float, 0), metavar="X")
+    add("--teacher-momentum", "share of itself that the teacher keeps in a step",
+        type=number(float, 0, 1), metavar="A")
     if stage == "pretrain":
-        add("--init", choices=["random", "imagenet"], help="weights to start from")
-        add("--keys", type=number(int, 1), metavar="M", help="key views of an image")
-        add("--queue", type=number(int, 1), metavar="K", help="negatives")
-        add("--temperature", type=number(float, 1e-3), metavar="T", help="divides the similarities")
-        add("--covariance-weight", type=number(float, 0), metavar="LAMBDA", help="in the last epoch")
-        add("--dim", type=number(int, 1), metavar="D", help="numbers in an embedding")
-    if stage == "finetune":
-        add("--from", dest="start", metavar="CHECKPOINT", help="a pretrain.pt, or scratch, or imagenet "
-            "(the newest pretrain.pt under runs/)")
-        add("--labels", type=label_choice, help="share of each class (0.02), number of images (500), or "
-            "file of image names")
-        add("--consistency", type=number(float, 0), metavar="W", help="largest weight of the unlabelled "
-            "images; 0 leaves them out")
+        add("--init", "weights to start from", choices=["random", "imagenet"])
+        add("--keys", "key views of an image", type=number(int, 1), metavar="M")
+        add("--queue", "negatives", type=number(int, 1), metavar="K")
+        add("--dim", "numbers in an embedding", type=number(int, 1), metavar="D")
+        add("--temperature", "divides similarities", type=number(float, 1e-3), metavar="T")
+        add("--covariance-weight", "in the last epoch", type=number(float, 0), metavar="LAMBDA")
+    else:
+        add("--from", "a pretrain.pt, or scratch, or imagenet (the newest pretrain.pt under runs/)",
+            dest="start", metavar="CHECKPOINT")
+        add("--labels", "share of each class (0.02), number of images (500), or file of names",
+            type=label_choice)
+        add("--consistency", "largest weight of the unlabelled images; 0 leaves them out",
+            type=number(float, 0), metavar="W")
 
 
 def parse_args(argv=None):
     """Read a command line (list of str; sys.argv[1:] if None) and settle what it leaves open.
 
-    A switch that is not given takes its value from the checkpoint that the command starts from (data
-    set, folders, size, network), else from the recipe of the data set.
+    A switch that is not given takes its value from the checkpoint that the command starts from
+    (data set, folders, size, network), else from the recipe of the data set.
     Returns an argparse.Namespace with all of them. Raises UserError.
     """
     parser = Parser(prog="python s2mts2.py", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="stage", required=True, metavar="pretrain|finetune|evaluate")
-    for stage, what in (("pretrain", "stage 1: joint contrastive learning from all images, no labels"),
-                        ("finetune", "stage 2: mean teacher with a few labels, then the test"),
-                        ("evaluate", "repeat the test of a finetune.pt")):
-        add_switches(commands.add_parser(stage, help=what, description=what, epilog="In brackets: "
-                     "defaults. All others are in RECIPES in s2mts2.py, one set for each data set."), stage)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
+    for stage, text in STAGES.items():
+        epilog = "In brackets: defaults. The others are in RECIPES in s2mts2.py, by data set."
+        command = commands.add_parser(stage, help=text, description=text, epilog=epilog)
+        add_switches(command, stage)
+    given = vars(parser.parse_args(argv))
+    given = {name: value for name, value in given.items() if value is not None}
     settled = dict(root=None, cache=None, out=None, device="auto", amp=True, batch=64)
 
+    if given["stage"] == "evaluate":
+        path = given.get("checkpoint") or newest("finetune")
+        settled |= inherited(path, "finetune") | dict(checkpoint=path)
+        return argparse.Namespace(**settled | given)
+    settled |= dict(seed=0, fresh=False)
     if given["stage"] == "pretrain":
         data = given.get("data", "digits")
-        settled |= dict(data=data, seed=0, fresh=False) | RECIPES[data]["pretrain"]
-    elif given["stage"] == "evaluate":
-        path = given.get("checkpoint") or newest("finetune")
-        settled |= dict(checkpoint=path) | inherited(path, "finetune")
+        settled |= RECIPES[data]["pretrain"]
     else:
         start = given.get("start") or str(newest("pretrain", given.get("data")))
         if start in ("scratch", "imagenet"):
@@ -1235,22 +1289,22 @@ def parse_args(argv=None):
             if theirs["size"] == RECIPES[theirs["data"]]["pretrain"]["size"]:
                 del theirs["size"]
             if data != theirs["data"]:
-                theirs["root"] = None
-        settled |= dict(seed=0, fresh=False) | RECIPES[data]["finetune"] | theirs | dict(data=data, start=start)
+                del theirs["root"]
+        settled |= RECIPES[data]["finetune"] | theirs | dict(start=start)
+    settled |= dict(data=data) | given
 
-    args = argparse.Namespace(**settled | given)
-    smallest = 32 if args.arch == "densenet121" else 16
-    if args.size < smallest:
-        raise UserError(f"--size {args.size} is too small for {args.arch}; give {smallest} or more")
-    if args.arch == "tiny" and "imagenet" in (settled | given).values():
-        raise UserError("there are no ImageNet weights for --arch tiny; choose densenet121 or other weights")
-    return args
+    smallest = 32 if settled["arch"] == "densenet121" else 16
+    if settled["size"] < smallest:
+        raise UserError(f"--size must be at least {smallest} for {settled['arch']}")
+    if settled["arch"] == "tiny" and "imagenet" in (settled.get("init"), settled.get("start")):
+        raise UserError("there are no ImageNet weights for --arch tiny; use densenet121")
+    return argparse.Namespace(**settled)
 
 
 def newest(stage, data=None):
     """Path of the newest checkpoint of a stage under runs/, of a data set if one is named."""
-    paths = sorted(Path("runs").rglob(f"{stage}.pt"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in paths:
+    paths = Path("runs").rglob(f"{stage}.pt")
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         if data in (None, load_checkpoint(path, stage)["settings"]["data"]):
             return path
     raise UserError(f"there is no {stage}.pt under runs/; first run: python s2mts2.py {stage}"
@@ -1265,7 +1319,7 @@ def inherited(path, stage):
 
 
 def main(argv=None):
-    """Run one command. Returns the exit status: 0, or 2 if the user can mend it, or 130 on Ctrl-C."""
+    """Run a command. Returns its exit status: 0, 2 if the user can mend it, 130 on Ctrl-C."""
     try:
         args = parse_args(argv)
         data = load_data(args.data, args.root, args.size, args.cache)
@@ -1284,8 +1338,8 @@ def main(argv=None):
 
 def evaluate_checkpoint(data, args):
     """Test the student and the teacher of args.checkpoint again."""
-    state, device = load_checkpoint(args.checkpoint, "finetune")["state"], choose_device(args.device)
-    networks = []
+    state = load_checkpoint(args.checkpoint, "finetune")["state"]
+    device, networks = choose_device(args.device), []
     for name in ("student", "teacher"):
         network = build_network(args.arch, data.images.shape[1], len(data.classes))
         network.load_state_dict(state[name])
