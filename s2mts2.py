@@ -934,13 +934,13 @@ RECIPES = dict(
         pretrain=dict(
             arch="tiny", init="random", size=32, epochs=40, batch=64,
             lr=0.06, weight_decay=1e-4, schedule="cosine", teacher_momentum=0.99,
-            keys=2, queue=512, dim=128, temperature=0.1, covariance_weight=2.0,
-            augment=dict(PLAIN, crop=0.7, rotate=10.0, rotate_p=1.0, jitter=0.4, jitter_p=0.8)),
+            keys=2, queue=512, dim=128, temperature=0.4, covariance_weight=2.0,
+            augment=dict(PLAIN, crop=0.7, rotate=25.0, rotate_p=1.0, jitter=0.4, jitter_p=0.8)),
         finetune=dict(
-            size=32, epochs=14, batch=64, labels=0.02,
-            optimizer="adam", lr=0.003, eps=1e-8, schedule="cosine", teacher_momentum=0.99,
-            consistency=50.0,
-            augment=dict(PLAIN, crop=0.7, rotate=10.0, rotate_p=1.0, jitter=0.4, jitter_p=0.8))),
+            size=32, epochs=14, batch=32, labels=0.02,
+            optimizer="adam", lr=0.05, eps=0.1, schedule="cosine", teacher_momentum=0.97,
+            consistency=200.0,
+            augment=dict(PLAIN, crop=0.2, rotate=10.0, rotate_p=1.0, jitter=0.4, jitter_p=0.8))),
     # [authors' code] all of it; their "small rotation" in stage 2 is taken as that of stage 1.
     cxr14=dict(
         pretrain=dict(
