@@ -2,11 +2,13 @@
 
 import copy
 import csv
+import http.server
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +123,238 @@ def test_decoded_images_are_kept_and_an_interrupted_build_goes_on(xrays, monkeyp
     assert len(list((xrays / "elsewhere").glob("*.npy"))) == 1
 
 
+def test_cxr14_is_found_in_each_layout(xrays):
+    expected = np.array(s2mts2.load_data("cxr14", xrays, size=32).images)
+    (xrays / "Data_Entry_2017_v2020.csv").rename(xrays / "Data_Entry_2017.csv")
+    (xrays / "images").rename(xrays / "data")
+    next(xrays.glob("*.npy")).unlink()
+    assert (s2mts2.load_data("cxr14", xrays, size=32).images == expected).all()
+    next(xrays.glob("*.npy")).unlink()
+    for k, file in enumerate(sorted((xrays / "data").iterdir())):
+        folder = xrays / f"images_{1 + k // 10:03d}" / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        file.rename(folder / file.name)
+    (xrays / "data").rmdir()
+    assert (s2mts2.load_data("cxr14", xrays, size=32).images == expected).all()
+
+
+def test_partial_takes_the_images_that_are_there(xrays, capsys):
+    for name in ("00000000_001.png", "00000001_000.png", "00000002_000.png", "00000009_002.png"):
+        (xrays / "images" / name).unlink()
+    with pytest.raises(UserError, match="4 of 30 images are missing: .*00000002_000.png ...; .*--partial"):
+        s2mts2.load_data("cxr14", xrays, size=32)
+    data = s2mts2.load_data("cxr14", xrays, size=32, partial=True)
+    assert "26 of 30 images are there" in capsys.readouterr().out
+    assert (len(data.images), len(data.train), len(data.test)) == (26, 17, 9)
+    row = data.names.index("00000001_001.png")
+    pixels = torchvision.io.decode_image(str(xrays / "images/00000001_001.png"), torchvision.io.ImageReadMode.GRAY)
+    expected = TF.resize(pixels, [32, 32], antialias=True).int()
+    assert (torch.from_numpy(np.array(data.images[row])).int() - expected).abs().max() <= 1
+    assert [data.classes[k] for k in np.flatnonzero(data.targets[row])] == ["Mass", "Pleural_Thickening"]
+
+
+def write_jpeg(file, side=(40, 30), colours=1):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = F.interpolate(torch.rand(1, colours, 5, 4) * 255, side, mode="bicubic").clamp(0, 255)
+    torchvision.io.write_jpeg(pixels[0].to(torch.uint8), str(file))
+
+
+def chexpert(folder, prefix="CheXpert-v1.0-small"):
+    """A CheXpert folder: 40 patients with a frontal and a lateral view; uncertain and blank entries."""
+    lines = ["Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(s2mts2.CHEXPERT_CLASSES)]
+    values = ["1.0", "0.0", "-1.0", ""]
+    for k in range(80):
+        name = f"train/patient{k // 2:05d}/study1/view{k % 2 + 1}_{'lateral' if k % 2 else 'frontal'}.jpg"
+        write_jpeg(folder / name)
+        findings = ",".join(values[(k // 2 + j) % 4] for j in range(14))
+        lines.append(f"{prefix}/{name},Female,68,{'Lateral,' if k % 2 else 'Frontal,AP'},{findings}")
+    (folder / "train.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["CheXpert-v1.0-small", "CheXpert-v1.0"])
+def test_chexpert_is_split_by_patient(tmp_path, prefix):
+    folder = chexpert(tmp_path / prefix, prefix)
+    data = s2mts2.load_data("chexpert", tmp_path, size=24)
+    assert data.images.shape == (80, 1, 24, 24) and len(data.classes) == 14 and data.multilabel
+    assert (len(data.train), len(data.test)) == (56, 16)
+    held = s2mts2.load_data("chexpert", folder, size=24, validation=True)
+    assert (len(held.train), len(held.test)) == (56, 8) and (held.train == data.train).all()
+    patients = [{data.names[k].split("/")[1] for k in part} for part in (data.train, data.test, held.test)]
+    assert [len(part) for part in patients] == [28, 8, 4] and len(set.union(*patients)) == 40
+    # By a hash, so the same for good.
+    assert sorted(patients[2]) == ["patient00005", "patient00011", "patient00037", "patient00039"]
+    assert "train/patient00003/study1/view2_lateral.jpg" in data.names
+    # 1, 0, uncertain, blank, for each patient from another finding on.
+    assert data.targets[0].tolist() == data.targets[1].tolist() == [1, 0, 0, 0] * 3 + [1, 0]
+    ones = s2mts2.load_data("chexpert", tmp_path, size=24, uncertain="ones")
+    assert ones.targets[0].tolist() == [1, 0, 1, 0] * 3 + [1, 0]
+
+
+def isic(root, groupings=True):
+    """An ISIC2018 folder: 12 images of each class, two of each lesion."""
+    prefix, draw = "ISIC2018_Task3_Training_", np.random.default_rng(0)
+    rows, lesions = [], ["image,lesion_id,diagnosis_confirm_type"]
+    for k in draw.permutation(84):
+        name = f"ISIC_{24306 + k:07d}"
+        write_jpeg(root / f"{prefix}Input" / f"{name}.jpg", (30, 40), 3)
+        rows.append(name + "," + ",".join("1.0" if k % 7 == j else "0.0" for j in range(7)))
+        lesions.append(f"{name},HAM_{k % 7}{k // 14},histopathology")
+    (root / f"{prefix}GroundTruth").mkdir()
+    (root / f"{prefix}GroundTruth" / f"{prefix}GroundTruth.csv").write_text(
+        "\n".join(["image,MEL,NV,BCC,AKIEC,BKL,DF,VASC", *rows]) + "\n")
+    if groupings:
+        (root / f"{prefix}LesionGroupings.csv").write_text("\n".join(lesions) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("groupings", [True, False])
+def test_isic_is_split_by_class_and_lesion(tmp_path, groupings, capsys):
+    data = s2mts2.load_data("isic2018", isic(tmp_path, groupings), size=24)
+    assert data.images.shape == (84, 3, 24, 24) and not data.multilabel
+    assert data.classes == ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"]
+    number = np.array([int(name[5:]) - 24306 for name in data.names])
+    assert (data.targets.argmax(1) == number % 7).all()
+    # One lesion in five, rounded, of 6 with two images each or of 12 with one.
+    assert (data.targets[data.test].sum(0) == 2).all() and len(data.train) == 70
+    lesions = [set(zip(number[part] % 7, number[part] // 14)) for part in (data.train, data.test)]
+    assert groupings == (not lesions[0] & lesions[1])
+    assert groupings != ("images of one lesion may be in train and test" in capsys.readouterr().out)
+
+
+def medmnist(monkeypatch, root, name, side=28, rows=(20, 4, 6), seed=0):
+    """A file of MedMNIST's shape, whose checksum and row counts the program knows."""
+    draw, classes = np.random.default_rng(seed), s2mts2.MEDMNIST[name][0]
+    colours = (3,) if name == "dermamnist" else ()
+    arrays = {}
+    for split, count in zip(("train", "val", "test"), rows):
+        arrays[f"{split}_images"] = draw.integers(0, 255, (count, side, side, *colours), np.uint8)
+        arrays[f"{split}_labels"] = (np.arange(count)[:, None] % 7 if colours else
+                                     draw.integers(0, 2, (count, len(classes)))).astype(np.uint8)
+    root.mkdir(parents=True, exist_ok=True)
+    file = root / (f"{name}.npz" if side == 28 else f"{name}_{side}.npz")
+    np.savez_compressed(file, **arrays)
+    known = {28: "0", 64: "0", 128: "0", 224: "0", side: torchvision.datasets.utils.calculate_md5(file)}
+    monkeypatch.setitem(s2mts2.MEDMNIST, name, (classes, dict(zip(("train", "val", "test"), rows)), known))
+    return file, arrays
+
+
+@pytest.mark.parametrize("name, size, side", [
+    ("chestmnist", 28, 28), ("chestmnist", 40, 64), ("dermamnist", 16, 28), ("dermamnist", 64, 64),
+    ("dermamnist", 300, 224)])
+def test_medmnist_reads_the_file_of_the_size(tmp_path, monkeypatch, name, size, side):
+    file, arrays = medmnist(monkeypatch, tmp_path, name, side)
+    data = s2mts2.load_data(name, tmp_path, size=size)
+    colours = 3 if name == "dermamnist" else 1
+    assert data.images.shape == (30, colours, side, side)
+    assert (len(data.train), len(data.test)) == (24, 6) and data.names[24] == "test00000"
+    for row, key, index in ((3, "train", 3), (21, "val", 1), (25, "test", 1)):
+        expected = arrays[f"{key}_images"][index]
+        assert (data.images[row] == (expected.transpose(2, 0, 1) if colours == 3 else expected)).all()
+    if colours == 3:
+        assert data.classes == ["akiec", "bcc", "bkl", "df", "mel", "nv", "vasc"] and not data.multilabel
+        assert (data.targets.argmax(1)[:20] == np.arange(20) % 7).all()
+    else:
+        assert data.multilabel and (data.targets[:20] == arrays["train_labels"]).all()
+    # The second time the images are not unpacked again.
+    monkeypatch.setattr(s2mts2, "unpack_images", None)
+    assert (s2mts2.load_data(name, tmp_path, size=size).images == data.images).all()
+
+
+def test_altered_files_of_medmnist_are_refused_and_stay(tmp_path, monkeypatch):
+    file, _ = medmnist(monkeypatch, tmp_path, "dermamnist")
+    whole = file.read_bytes()
+    for spoilt in (whole[:len(whole) // 2], whole[:-9] + b"x" + whole[-8:], b""):
+        file.write_bytes(spoilt)
+        with pytest.raises(UserError, match="dermamnist.npz is not the published file .*move it away"):
+            s2mts2.load_data("dermamnist", tmp_path, size=28)
+        assert file.read_bytes() == spoilt and [path.name for path in tmp_path.iterdir()] == ["dermamnist.npz"]
+    file.write_bytes(whole)
+    classes, rows, known = s2mts2.MEDMNIST["dermamnist"]
+    monkeypatch.setitem(s2mts2.MEDMNIST, "dermamnist", (classes, dict(rows, val=5), known))
+    with pytest.raises(UserError, match="does not have 20 . 5 . 6 rows"):
+        s2mts2.load_data("dermamnist", tmp_path, size=28)
+
+
+def test_medmnist_is_downloaded_and_a_failed_download_leaves_nothing(tmp_path, monkeypatch):
+    file, _ = medmnist(monkeypatch, tmp_path / "server", "dermamnist")
+    whole, sent, asked = file.read_bytes(), 1000, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(whole)))
+            self.end_headers()
+            self.wfile.write(whole[:sent])
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(s2mts2, "MEDMNIST_URL", f"http://127.0.0.1:{server.server_port}/")
+    try:
+        # Every answer breaks off.
+        with pytest.raises(UserError, match=r"http://127.0.0.1.*/dermamnist.npz.*by hand.*mine/dermamnist.npz"):
+            s2mts2.load_data("dermamnist", tmp_path / "mine", size=28)
+        assert asked and not list((tmp_path / "mine").iterdir())
+        sent = len(whole)
+        assert len(s2mts2.load_data("dermamnist", tmp_path / "mine", size=28).images) == 30
+        assert (tmp_path / "mine/dermamnist.npz").read_bytes() == whole and "dermamnist.npz" in asked[-1]
+    finally:
+        server.shutdown()
+        server.server_close()
+    # No network at all.
+    with pytest.raises(UserError, match="by hand"):
+        s2mts2.load_data("dermamnist", tmp_path / "other", size=28)
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_killed_build_of_the_cache_goes_on_to_the_same_bytes(tmp_path):
+    """Killed five times, each time when a few more images are decoded."""
+    files = {}
+    for k in range(60):
+        files[f"{k}.jpg"] = str(tmp_path / f"{k}.jpg")
+        write_jpeg(tmp_path / f"{k}.jpg")
+    script = """
+import os, signal, sys, threading, pathlib
+import s2mts2
+left, lock, write_text = [int(sys.argv[2])], threading.Lock(), s2mts2.write_text
+decode = s2mts2.torchvision.io.decode_image
+def dying(*arguments):
+    with lock:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return decode(*arguments)
+s2mts2.torchvision.io.decode_image = dying
+s2mts2.DECODE_BLOCK = 8
+here = pathlib.Path(".")
+s2mts2.decode_images({f"{k}.jpg": here / f"{k}.jpg" for k in range(60)}, 16, 1, sys.argv[1])
+"""
+    run = lambda cache, life: subprocess.run(
+        [sys.executable, "-c", script, cache, str(life)], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    assert run("whole", 0).returncode == 0
+    for life in (3, 11, 19, 24, 9):
+        assert run("killed", life).returncode == -9 and not list(Path("killed").glob("*.npy"))
+    assert run("killed", 0).returncode == 0
+    one, other = (next(Path(folder).iterdir()) for folder in ("whole", "killed"))
+    assert one.name == other.name and one.read_bytes() == other.read_bytes()
+    assert len(list(Path("killed").iterdir())) == 1
+
+
+def test_a_cache_that_cannot_be_kept_or_is_cut_is_explained(xrays):
+    with pytest.raises(UserError, match="--cache"):
+        s2mts2.load_data("cxr14", xrays, size=32, cache=xrays / "test_list.txt" / "x")
+    s2mts2.load_data("cxr14", xrays, size=32)
+    kept = next(xrays.glob("*.npy"))
+    kept.write_bytes(kept.read_bytes()[:-100])
+    with pytest.raises(UserError, match="delete it"):
+        s2mts2.load_data("cxr14", xrays, size=32)
+
+
 @pytest.mark.parametrize("change, rule", [
     (dict(images=np.zeros((40, 16, 16), np.uint8)), "uint8"),
     (dict(images=np.zeros((40, 1, 16, 16), np.float32)), "uint8"),
@@ -227,7 +461,7 @@ def test_a_plain_view_is_the_normalised_image(channels):
 def test_crop_agrees_with_torchvision():
     images = photo()
     views = s2mts2.crop_rotate_flip(images, column(.25, .125, .5), column(.125, .25, .25), column(.5, .5, .25),
-                                    column(.5, .25, .5), torch.zeros(3), torch.zeros(3))
+                                    column(.5, .25, .5), torch.zeros(3), torch.zeros(3), torch.zeros(3))
     for k, (top, left, height, width) in enumerate([(6, 12, 24, 24), (12, 6, 12, 24), (12, 24, 24, 12)]):
         expected = TF.resize(TF.crop(images[k], top, left, height, width), [48, 48], antialias=False)
         inner = slice(4, -4)
@@ -237,21 +471,22 @@ def test_crop_agrees_with_torchvision():
 
 def test_flip_and_rotation_agree_with_torchvision():
     images, zero, one = photo(), torch.zeros(3), torch.ones(3)
-    flipped = s2mts2.crop_rotate_flip(images, zero, zero, one, one, zero, column(1, 0, 1))
-    assert torch.allclose(flipped[0], TF.hflip(images[0]), atol=1e-6)
-    assert torch.allclose(flipped[1], images[1], atol=1e-6)
+    flipped = s2mts2.crop_rotate_flip(images, zero, zero, one, one, zero, column(1, 0, 0), column(0, 0, 1))
+    for k, expected in enumerate((TF.hflip(images[0]), images[1], TF.vflip(images[2]))):
+        assert torch.allclose(flipped[k], expected, atol=1e-6)
     angles = column(10, -7, 90)
-    turned = s2mts2.crop_rotate_flip(images, zero, zero, one, one, angles, zero)
-    both = s2mts2.crop_rotate_flip(images, zero, zero, one, one, angles, one)
+    turned = s2mts2.crop_rotate_flip(images, zero, zero, one, one, angles, zero, zero)
+    both = s2mts2.crop_rotate_flip(images, zero, zero, one, one, angles, one, one)
     for k in range(3):
         expected = TF.rotate(images[k], float(angles[k]), TF.InterpolationMode.BILINEAR)
         assert torch.allclose(turned[k], expected, atol=1e-5)
-        assert torch.allclose(both[k], TF.hflip(expected), atol=1e-5)
+        assert torch.allclose(both[k], TF.vflip(TF.hflip(expected)), atol=1e-5)
 
 
 def test_crop_then_rotation_then_flip_in_one_agree_with_one_after_another():
     images = photo(1, 1, 64)
-    view = s2mts2.crop_rotate_flip(images, column(.25), column(.25), column(.5), column(.5), column(20), column(1))
+    view = s2mts2.crop_rotate_flip(images, column(.25), column(.25), column(.5), column(.5), column(20), column(1),
+                                   column(0))
     cropped = TF.resized_crop(images, 16, 16, 32, 32, [64, 64], antialias=False)
     expected = TF.hflip(TF.rotate(cropped, 20, TF.InterpolationMode.BILINEAR))
     assert (view - expected)[..., 16:48, 16:48].abs().max() < 0.01
@@ -301,7 +536,7 @@ def test_erase_clears_exactly_the_rectangle():
     assert (erased == expected).all()
 
 
-STRONG = dict(crop=0.8, rotate=10.0, rotate_p=0.5, flip_p=0.5, jitter=0.4, hue=0.4, jitter_p=0.8, blur=2.0,
+STRONG = dict(centre=0.1, crop=0.8, vertical_flip_p=0.5, rotate=10.0, rotate_p=0.5, flip_p=0.5, jitter=0.4, hue=0.4, jitter_p=0.8, blur=2.0,
               blur_p=0.5, erase_p=0.5)
 
 
@@ -320,7 +555,7 @@ def test_each_copy_of_an_image_gets_its_own_view_and_a_seed_repeats_them(channel
 
 
 @pytest.mark.parametrize("strength, share", [
-    (dict(flip_p=0.5), 0.5), (dict(rotate=10.0, rotate_p=0.3), 0.3), (dict(jitter=0.4, jitter_p=0.8), 0.8),
+    (dict(flip_p=0.5), 0.5), (dict(vertical_flip_p=0.3), 0.3), (dict(rotate=10.0, rotate_p=0.3), 0.3), (dict(jitter=0.4, jitter_p=0.8), 0.8),
     (dict(blur=2.0, blur_p=0.5), 0.5), (dict(erase_p=0.5), 0.5), (dict(crop=0.8), 1.0)])
 def test_each_strength_changes_its_share_of_the_views(strength, share):
     copies = photo(1, 1, 24).expand(400, -1, -1, -1)
@@ -339,6 +574,17 @@ def test_crops_keep_the_share_of_the_area_that_they_should(monkeypatch):
     assert 0.199 < area.min() < 0.25 and 0.95 < area.max() <= 1
     assert abs(area.mean() - 0.58) < 0.03 and (width / height).max() <= 4 / 3 + 1e-4
     assert left.min() >= 0 and (left + width).max() <= 1.00001 and (top + height).max() <= 1.00001
+
+
+def test_the_centre_is_cut_out_of_every_view():
+    images = photo(2, 3, 48)
+    views = s2mts2.random_views(images, dict(PLAIN, centre=0.25), 48)
+    expected = normalised(TF.resize(images[..., 6:42], [48, 48], antialias=False))
+    assert (views - expected)[..., 4:-4].abs().max() < 1e-4
+    noisy = dict(PLAIN, centre=0.25, crop=0.5)
+    borders = torch.ones(200, 1, 40, 40)
+    borders[..., 4:36] = 0.5
+    assert s2mts2.random_views(borders, noisy, 40).max() <= normalised(torch.full((1, 1, 1, 1), 0.5)).item() + 1e-5
 
 
 # ---------------------------------------------------------------------------------------- the network
@@ -748,6 +994,28 @@ def test_the_command_on_xrays(xrays, capsys):
     assert json.loads(Path("second/metrics.json").read_text()) == result
 
 
+@pytest.mark.parametrize("name", ["chexpert", "isic2018", "chestmnist", "dermamnist"])
+def test_both_stages_run_on_the_other_sets(name, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "root"
+    if name.endswith("mnist"):
+        medmnist(monkeypatch, root, name)
+    else:
+        dict(chexpert=chexpert, isic2018=isic)[name](root)
+    small = "--epochs 1 --batch 4 --device cpu --size 28".split()
+    assert main(["pretrain", "--data", name, "--root", str(root), "--arch", "tiny", "--init", "random", *small]) == 0
+    assert main(["finetune", "--labels", "0.3", *small]) == 0
+    result = json.loads(Path(f"runs/{name}/metrics.json").read_text())
+    assert len(result["auc"]) == (7 if name in ("isic2018", "dermamnist") else 14) and result["mean_auc"]
+    assert ("macro_f1" in result) == (name in ("isic2018", "dermamnist"))
+    assert len(Path(f"runs/{name}/predictions.csv").read_text().splitlines()) == 1 + dict(
+        chexpert=16, isic2018=14).get(name, 6)
+    if name == "chexpert":
+        assert main(["finetune", "--validation", "--out", "validation", "--labels", "0.3", *small]) == 0
+        assert len(Path("validation/predictions.csv").read_text().splitlines()) == 1 + 8
+        labelled = [Path(f"{folder}/labelled.txt").read_text() for folder in ("runs/chexpert", "validation")]
+        assert labelled[0] == labelled[1]
+
+
 def test_the_recipe_sets_what_the_command_line_leaves_open():
     args = parse_args("pretrain --data cxr14 --keys 5".split())
     assert (args.size, args.batch, args.queue, args.temperature, args.keys) == (256, 256, 65536, 0.07, 5)
@@ -757,15 +1025,18 @@ def test_the_recipe_sets_what_the_command_line_leaves_open():
 
 
 def test_stage_2_takes_over_the_size_only_if_the_user_chose_it():
-    saved = dict(format=1, stage="pretrain", root="somewhere", history=[], state={},
+    source = dict(root="somewhere", cache=None, partial=True, uncertain="ones")
+    saved = dict(format=1, stage="pretrain", source=source, history=[], state={},
                  settings=dict(data="cxr14", size=256, arch="tiny"))
     torch.save(saved, "theirs.pt")
     args = parse_args("finetune --from theirs.pt".split())
     assert (args.data, args.size, args.arch, args.root) == ("cxr14", 512, "tiny", "somewhere")
+    assert args.partial and args.uncertain == "ones" and args.out == "."
     saved["settings"]["size"] = 64
     torch.save(saved, "theirs.pt")
     assert parse_args("finetune --from theirs.pt".split()).size == 64
-    assert parse_args("finetune --from theirs.pt --data digits".split()).root is None
+    args = parse_args("finetune --from theirs.pt --data digits".split())
+    assert args.root is None and not args.partial
 
 
 def test_learning_rates_follow_their_schedules():
