@@ -83,7 +83,6 @@ import torch.nn.functional as F
 import torchvision
 from sklearn import datasets, metrics, model_selection
 from torch import nn
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 
@@ -846,13 +845,21 @@ def load_cxr14(root, size, cache, partial):
     for row in csv.reader(read_lines(table)[1:]):
         if len(row) < 2 or row[0] in findings:
             raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
-        findings[row[0]] = [] if row[1] == "No Finding" else row[1].split("|")
-        unknown = [finding for finding in findings[row[0]] if finding not in CXR14_CLASSES]
-        if unknown:
-            raise UserError(f"{table}: unknown label {unknown[0]!r} of image {row[0]}; "
-                            f"known are No Finding, {', '.join(CXR14_CLASSES)}")
+        findings[row[0]] = row[1]
+    # The few hundred combinations that occur are taken apart once each.
+    target = {}
+    for image, text in findings.items():
+        if text not in target:
+            found = text.split("|") if text != "No Finding" else []
+            unknown = [finding for finding in found if finding not in CXR14_CLASSES]
+            if unknown:
+                raise UserError(f"{table}: unknown label {unknown[0]!r} of image {image}; "
+                                f"known are No Finding, {', '.join(CXR14_CLASSES)}")
+            target[text] = [finding in found for finding in CXR14_CLASSES]
 
-    place = {name: folder for folder in folders if folder.exists() for name in os.listdir(folder)}
+    # Texts, not Paths: of those, 112,120 would take a second to make.
+    paths = {name: f"{folder}/{name}" for folder in map(str, folders) if os.path.exists(folder)
+             for name in os.listdir(folder)}
     train, test = ([line.strip() for line in read_lines(file) if line.strip()] for file in lists)
     files = {}
     for name in train + test:
@@ -860,13 +867,13 @@ def load_cxr14(root, size, cache, partial):
             raise UserError(f"image {name} is twice in {lists[0]} and {lists[1]}, once is allowed")
         if name not in findings:
             raise UserError(f"image {name} is in a list, not in {table}; take files of one release")
-        files[name] = place.get(name, folders[0]) / name
+        files[name] = paths.get(name) or f"{folders[0]}/{name}"
 
     files, train = those_there(files, partial), set(train)
-    targets = [[finding in findings[name] for finding in CXR14_CLASSES] for name in files]
     part = np.array([name in train for name in files], bool)
-    return Data("cxr14", decode_images(files, size, 1, cache or root), targets, CXR14_CLASSES,
-                list(files), np.flatnonzero(part), np.flatnonzero(~part), multilabel=True)
+    return Data("cxr14", decode_images(files, size, 1, cache or root),
+                [target[findings[name]] for name in files], CXR14_CLASSES, list(files),
+                np.flatnonzero(part), np.flatnonzero(~part), multilabel=True)
 
 
 CHEXPERT_CLASSES = (
@@ -900,7 +907,7 @@ def load_chexpert(root, size, cache, partial, uncertain, validation):
         if bad or len(row) != len(header) or name.count("/") != 3 or name in files:
             raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
         findings[name] = [number[value] for value in row[5:]]
-        files[name] = table.parent / name
+        files[name] = f"{table.parent}/{name}"
 
     patient = {name: name.split("/")[1] for name in files}
     tested = share_of(patient.values(), 0, 0.2)
@@ -938,7 +945,7 @@ def load_isic2018(root, size, cache, partial):
         if row[1:].count("1.0") != 1 or row[1:].count("0.0") != 6 or row[0] in files:
             raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
         target[row[0]] = row.index("1.0") - 1
-        files[row[0]] = root / f"{prefix}Input" / f"{row[0]}.jpg"
+        files[row[0]] = f"{root}/{prefix}Input/{row[0]}.jpg"
 
     groupings = [file for folder in (root, table.parent)
                  if (file := folder / f"{prefix}LesionGroupings.csv").exists()]
@@ -1056,14 +1063,14 @@ def share_of(groups, low, high):
     return set(order[round(low * len(order)):round(high * len(order))])
 
 
-# Images that are decoded between two notes of how far it has got.
-DECODE_BLOCK = 512
+# Images that are decoded between two notes of how far it has got, and by a thread at a time.
+DECODE_BLOCK, THREAD_BLOCK = 2048, 32
 
 
 def decode_images(files, size, channels, cache):
     """Decode and resize a folder of images, once: the result is kept and opened at once ever after.
 
-    files  {name: path}    size  int, pixels    channels  1 (grey, whatever the file holds) or 3
+    files  {name: path}, texts    size  int, pixels    channels  1 (grey, whatever is there) or 3
     cache  folder for the result, a .npy named by a hash of names, size and channels
     Returns uint8 [files, channels, size, size], memory-mapped.
     Raises UserError that names a missing or broken image.
@@ -1076,20 +1083,23 @@ def decode_images(files, size, channels, cache):
     if whole.exists():
         return open_images(whole)
     paths = list(files.values())
-    missing = [str(path) for path in paths if not os.path.exists(path)]
+    missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(f"{len(missing):,} of {len(paths):,} images are missing: "
                         f"{', '.join(missing[:3])}{' ...' * (len(missing) > 3)}; download the "
                         "archives that hold them, or use those that are there with --partial")
     mode = torchvision.io.ImageReadMode.GRAY if channels == 1 else torchvision.io.ImageReadMode.RGB
 
-    def decode(index):
-        try:
-            image = torchvision.io.decode_image(str(paths[index]), mode)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"broken image {paths[index]} ({reason}); download it again") from None
-        images[index] = resize(image, [size, size], antialias=True)
+    def decode(first, stop):
+        for index in range(first, min(first + THREAD_BLOCK, stop)):
+            try:
+                image = torchvision.io.decode_image(paths[index], mode)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"broken image {paths[index]} ({reason}); get it again") from None
+            image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)
+            images[index] = image[0].numpy()
+        return index + 1 - first
 
     make_folder(whole.parent)
     try:
@@ -1101,8 +1111,9 @@ def decode_images(files, size, channels, cache):
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(done, len(paths), DECODE_BLOCK):
                 stop = min(start + DECODE_BLOCK, len(paths))
-                for _ in pool.map(decode, range(start, stop)):
-                    bar.update()
+                firsts = range(start, stop, THREAD_BLOCK)
+                for decoded in pool.map(decode, firsts, [stop] * len(firsts)):
+                    bar.update(decoded)
                 images.flush()
                 write_text(count, str(stop))
         os.replace(part, whole)

@@ -318,7 +318,7 @@ def test_a_killed_build_of_the_cache_goes_on_to_the_same_bytes(tmp_path):
         files[f"{k}.jpg"] = str(tmp_path / f"{k}.jpg")
         write_jpeg(tmp_path / f"{k}.jpg")
     script = """
-import os, signal, sys, threading, pathlib
+import os, signal, sys, threading
 import s2mts2
 left, lock, write_text = [int(sys.argv[2])], threading.Lock(), s2mts2.write_text
 decode = s2mts2.torchvision.io.decode_image
@@ -329,9 +329,8 @@ def dying(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
     return decode(*arguments)
 s2mts2.torchvision.io.decode_image = dying
-s2mts2.DECODE_BLOCK = 8
-here = pathlib.Path(".")
-s2mts2.decode_images({f"{k}.jpg": here / f"{k}.jpg" for k in range(60)}, 16, 1, sys.argv[1])
+s2mts2.DECODE_BLOCK, s2mts2.THREAD_BLOCK = 8, 2
+s2mts2.decode_images({f"{k}.jpg": f"{k}.jpg" for k in range(60)}, 16, 1, sys.argv[1])
 """
     run = lambda cache, life: subprocess.run(
         [sys.executable, "-c", script, cache, str(life)], capture_output=True, text=True,
