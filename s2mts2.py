@@ -59,12 +59,14 @@ choice] where those are silent or wrong, and [plumbing] where it has nothing to 
 
 Map:  1 data    2 views    3 network and teacher    4 joint contrastive loss    5 stage 1: pretrain
       6 stage 2: finetune    7 evaluation    -- a first reader can stop there --
-      8 other data sets    9 recipes    10 training loop and checkpoints    11 command line
+      8 other data sets    9 recipes    10 training loop and checkpoints    11 several processes
+      12 command line
 """
 
 import argparse
 import copy
 import csv
+import datetime
 import hashlib
 import io
 import json
@@ -82,7 +84,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from sklearn import datasets, metrics, model_selection
-from torch import nn
+from torch import distributed, nn
 from tqdm import tqdm
 
 
@@ -331,8 +333,8 @@ def random_views(images, augment, size):
 
 def channel_values(values, images):
     """MEAN or STD as [C, 1, 1] to go with images [N, C, H, W]; for grey their mean."""
-    values = torch.tensor(values, device=images.device)
-    return (values if images.shape[1] == 3 else values.mean(0, keepdim=True)).view(-1, 1, 1)
+    values = torch.tensor(values if images.shape[1] == 3 else [sum(values) / 3])
+    return values.to(images.device, non_blocking=True).view(-1, 1, 1)
 
 
 def crop_rotate_flip(images, left, top, width, height, angle, flip, flip_y):
@@ -377,7 +379,8 @@ def jitter_colours(images, brightness, contrast, saturation, hue):
         # choice]
         to_yiq = torch.tensor(
             [[0.299, 0.587, 0.114], [0.596, -0.275, -0.321], [0.212, -0.523, 0.311]])
-        to_yiq, back = to_yiq.to(images.device), to_yiq.inverse().to(images.device)
+        to_yiq, back = (matrix.to(images.device, non_blocking=True)
+                        for matrix in (to_yiq, to_yiq.inverse()))
         cos, sin = (saturation * wave(2 * math.pi * hue) for wave in (torch.cos, torch.sin))
         one, zero = torch.ones_like(cos), torch.zeros_like(cos)
         turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
@@ -480,12 +483,13 @@ def ema_update(teacher, student, momentum):
     BatchNorm's running mean and variance are averaged like weights; its integer count of batches
     has no meaningful average and is copied. [our choice] In the authors' code it stays behind.
     """
-    pairs = zip([*teacher.parameters(), *teacher.buffers()],
-                [*student.parameters(), *student.buffers()], strict=True)
+    pairs = list(zip([*teacher.parameters(), *teacher.buffers()],
+                     [*student.parameters(), *student.buffers()], strict=True))
+    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+    # All tensors in one call, as a GPU takes longer to be asked than to answer.
+    torch._foreach_lerp_(*zip(*averaged), 1 - momentum)
     for mine, theirs in pairs:
-        if mine.is_floating_point():
-            mine.lerp_(theirs, 1 - momentum)
-        else:
+        if not mine.is_floating_point():
             mine.copy_(theirs)
 
 
@@ -563,42 +567,51 @@ def pretrain(data, args):
     queue = F.normalize(torch.randn(length, args.dim), dim=1).to(device)
 
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9,
-                                weight_decay=args.weight_decay)
+                                weight_decay=args.weight_decay, fused=device.type != "mps")
     state = dict(student=student, teacher=teacher, optimizer=optimizer, queue=queue)
     progress = resume(data, args, state)
     save_views(data, args)
-    steps = len(data.train) // args.batch
+    steps, embed = len(data.train) // args.batch, in_parallel(student)
 
     def one_epoch(epoch):
         # The spread of an image's keys means little while the network is untrained, so the weight
         # of the covariance grows: c = lambda (epoch + 1) / epochs. [authors' code]
         covariance_weight = args.covariance_weight * (epoch + 1) / args.epochs
-        order = shuffled(data.train, steps * args.batch)
-        for step, picked in enumerate(order.split(args.batch)):
-            images = gather(data, picked, device)
+        order = shuffled(data.train, steps * args.batch).view(steps, args.batch)
+        places = places_of_keys(order, args, epoch)
+        batches = read_ahead(data, device, my_part(order, 1), my_part(order.gather(1, places), 1))
+        for step, (images, key_images) in enumerate(batches):
             query_views = random_views(images, args.augment, args.size)
-            copies = images.repeat_interleave(args.keys, 0)
+            copies = key_images.repeat_interleave(args.keys, 0)
             key_views = random_views(copies, args.augment, args.size)
             with mixed_precision(device, args.amp):
-                query = F.normalize(student(query_views).float(), dim=1)
+                query = F.normalize(embed(query_views).float(), dim=1)
                 with torch.no_grad():
                     # All keys in one pass, then [N * M, D] -> [N, M, D].
                     keys = F.normalize(teacher(key_views).float(), dim=1)
-                    keys = keys.unflatten(0, (-1, args.keys))
-            loss = joint_contrastive_loss(query, keys, queue, args.temperature, covariance_weight)
+                    keys = in_order(keys.unflatten(0, (-1, args.keys)), places[step])
+            loss = joint_contrastive_loss(query, my_part(keys, 0), queue, args.temperature,
+                                          covariance_weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             ema_update(teacher, student, args.teacher_momentum)
-            # First in, first out: the new means take the place of the oldest, round and round. A
-            # mean of unit vectors is shorter than 1 and stays so. [authors' code]
-            first = (epoch * steps + step) * args.batch
-            places = torch.arange(first, first + args.batch, device=device) % length
-            queue[places[-length:]] = keys.mean(1)[-length:]
+            enqueue(queue, keys.mean(1), (epoch * steps + step) * args.batch)
             yield loss
 
     run_stage(data, args, state, progress, one_epoch, steps, args.batch)
     return student, teacher
+
+
+def enqueue(queue, means, first):
+    """Write means [N, D] into queue [K, D], in place, as number first, first + 1 and so on.
+
+    First in, first out: they take the place of the oldest, round and round, whatever N and K. A
+    mean of unit vectors is shorter than 1 and stays so. [authors' code]
+    """
+    places = torch.arange(first, first + len(means), device=queue.device) % len(queue)
+    # A batch longer than the queue leaves its last ones.
+    queue[places[-len(queue):]] = means[-len(queue):]
 
 
 # ==================================================================================================
@@ -621,7 +634,8 @@ def finetune(data, args):
     seed_everything(args.seed, "finetune")
     student, teacher = (network.to(device) for network in starting_networks(data, args))
     make_optimizer = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
-    optimizer = make_optimizer(student.parameters(), args.lr, betas=(0.9, 0.99), eps=args.eps)
+    optimizer = make_optimizer(student.parameters(), args.lr, betas=(0.9, 0.99), eps=args.eps,
+                               fused=device.type != "mps")
     state = dict(student=student, teacher=teacher, optimizer=optimizer)
     progress = resume(data, args, state, labelled)
     write_text(output_folder(data, args) / "labelled.txt",
@@ -637,27 +651,26 @@ def finetune(data, args):
     def one_epoch(epoch):
         # At first the teacher knows nothing worth agreeing with: w grows. [authors' code]
         weight = args.consistency * epoch / args.epochs
-        labelled_order = shuffled(labelled, steps * args.batch).split(args.batch)
-        unlabelled_order = consistent and shuffled(unlabelled, steps * args.batch).split(args.batch)
-        for step, picked in enumerate(labelled_order):
-            targets = torch.from_numpy(data.targets[picked.numpy()]).to(device)
-            views = random_views(gather(data, picked, device), args.augment, args.size)
+        orders = [shuffled(indices, steps * args.batch).view(steps, args.batch)
+                  for indices in ([labelled, unlabelled] if consistent else [labelled])]
+        for step, (images, *others) in enumerate(read_ahead(data, device, *orders)):
+            targets = torch.from_numpy(data.targets[orders[0][step].numpy()]).to(device)
+            views = random_views(images, args.augment, args.size)
             if consistent:
                 # Two views of an unlabelled image, one for each network. Shown the same pixels, as
                 # in the authors' code, they would agree without having learnt to overlook anything.
-                images = gather(data, unlabelled_order[step], device)
-                teacher_views = random_views(images, args.augment, args.size)
+                teacher_views = random_views(*others, args.augment, args.size)
                 # Labelled and unlabelled go through the student together: BatchNorm sees both
                 # kinds.
-                views = torch.cat([views, random_views(images, args.augment, args.size)])
+                views = torch.cat([views, random_views(*others, args.augment, args.size)])
             with mixed_precision(device, args.amp):
                 logits = student(views).float()
-            loss = supervised_loss(logits[:len(picked)], targets, data.multilabel)
+            loss = supervised_loss(logits[:len(images)], targets, data.multilabel)
             if consistent:
                 with mixed_precision(device, args.amp), torch.no_grad():
                     teacher_logits = teacher(teacher_views).float()
                 loss = loss + weight * consistency_loss(
-                    logits[len(picked):], teacher_logits, data.multilabel)
+                    logits[len(images):], teacher_logits, data.multilabel)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -740,14 +753,13 @@ def evaluate(network, data, indices, size, batch=64, amp=False):
     device, scores, was_training = next(network.parameters()).device, [], network.training
     network.eval()
     with tqdm(total=len(indices), desc="test", unit="image", mininterval=0.5, leave=False) as bar:
-        for picked in torch.from_numpy(indices).split(batch):
-            views = random_views(gather(data, picked, device), PLAIN, size)
+        for images, in read_ahead(data, device, torch.from_numpy(indices).split(batch)):
             with mixed_precision(device, amp):
-                logits = network(views)
-            scores.append(probabilities(logits.float(), data.multilabel).cpu())
-            bar.update(len(picked))
+                logits = network(random_views(images, PLAIN, size))
+            scores.append(probabilities(logits.float(), data.multilabel))
+            bar.update(len(images))
     network.train(was_training)
-    return torch.cat(scores).numpy()
+    return torch.cat(scores).cpu().numpy()
 
 
 def classification_metrics(targets, scores, classes, multilabel):
@@ -1248,20 +1260,20 @@ def run_stage(data, args, state, progress, one_epoch, steps, images_per_step):
     write_log(out, args.stage, history)
     images = steps * images_per_step
     with tqdm(total=args.epochs * images, initial=len(history) * images, desc=args.stage,
-              unit="image", unit_scale=True, mininterval=0.5) as bar:
+              unit="image", unit_scale=True, mininterval=0.5, disable=RANK > 0) as bar:
         for epoch in range(len(history), args.epochs):
             seed_everything(args.seed, args.stage, epoch)
             lr = learning_rate(args, epoch)
             for group in state["optimizer"].param_groups:
                 group["lr"] = lr
             start, total = time.perf_counter(), 0.0
-            for step, loss in enumerate(one_epoch(epoch)):
+            for loss in one_epoch(epoch):
                 total = total + loss.detach()
-                # To read a loss makes a GPU wait, so not at every step.
-                if step % 10 == 0:
+                # To read a loss makes a GPU wait, so only when the bar is drawn.
+                if bar.update(images_per_step):
                     bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-                bar.update(images_per_step)
-            loss, seconds = float(total) / steps, time.perf_counter() - start
+            average_statistics(state["student"], state["teacher"])
+            loss, seconds = mean_over_processes(total / steps), time.perf_counter() - start
             if not math.isfinite(loss):
                 raise UserError(f"the loss is {loss} in epoch {epoch + 1}, at a learning rate of "
                                 f"{lr:g}; try a smaller --lr")
@@ -1335,7 +1347,12 @@ def load_checkpoint(path, stage):
 
 
 def write_file(path, write):
-    """write(temporary file), flush, rename: path is the old file or the new one, never half."""
+    """write(temporary file), flush, rename: path is the old file or the new one, never half.
+
+    Of several processes only the first writes.
+    """
+    if RANK > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)
@@ -1366,7 +1383,7 @@ def write_log(out, stage, history):
 def save_views(data, args):
     """views.png: a training image a row, its query view and its keys, as the networks see them."""
     seed_everything(args.seed, "views")
-    images = gather(data, torch.from_numpy(data.train[:8]), "cpu")
+    images = torch.from_numpy(data.images[data.train[:8]])
     views = random_views(images.repeat_interleave(1 + args.keys, 0), args.augment, args.size)
     views = views * channel_values(STD, views) + channel_values(MEAN, views)
     grid = torchvision.utils.make_grid(views.clamp(0, 1), nrow=1 + args.keys)
@@ -1391,7 +1408,23 @@ def shuffled(indices, length):
 
 def gather(data, picked, device):
     """The images of picked (int64 tensor [n]): uint8 tensor [n, C, H, W] on device."""
-    return torch.from_numpy(data.images[picked.numpy()]).to(device)
+    images = torch.from_numpy(data.images[picked.numpy()])
+    # From page-locked memory a GPU fetches them by itself, while the program goes on.
+    return (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+
+
+def read_ahead(data, device, *orders):
+    """Yield a tuple of image batches for each step, and read those of the next step meanwhile.
+
+    orders  one or more sequences of int64 tensors [n], a tensor for each step
+    """
+    with ThreadPoolExecutor(1) as reader:
+        coming = []
+        for picked in [*zip(*orders), None]:
+            ready = [future.result() for future in coming]
+            coming = [reader.submit(gather, data, each, device) for each in picked or ()]
+            if ready:
+                yield tuple(ready)
 
 
 def choose_device(name):
@@ -1399,11 +1432,19 @@ def choose_device(name):
     if name == "auto":
         here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         name = next(device for device in here if here[device])
+    if name == "cuda":
+        # Of several processes each takes a GPU of its own.
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    # Where a matrix product is still in float32, a tenth of its digits is enough.
+    torch.set_float32_matmul_precision("high")
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name} is not there ({reason}); try --device auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def mixed_precision(device, amp):
@@ -1438,7 +1479,79 @@ def imagenet_weights():
 
 
 # ==================================================================================================
-# 11. Command line [plumbing]
+# 11. Several processes [plumbing]
+# ==================================================================================================
+
+# torchrun starts this program once for each GPU. The processes hold equal networks and queues, and
+# share the images of each batch; all that the method's lines know of it are the calls of these
+# functions, which do nothing in a single process.
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device):
+    """Meet the other processes. The wait may be long, as the first one decodes the images alone."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=datetime.timedelta(days=2))
+
+
+def in_parallel(student):
+    """The student with gradients averaged over all processes at each step."""
+    if PROCESSES == 1:
+        return student
+    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+
+
+def my_part(tensor, dim):
+    """This process's part of a tensor [..., N, ...]: the same number of rows for each."""
+    return tensor.chunk(PROCESSES, dim)[RANK]
+
+
+def places_of_keys(order, args, epoch):
+    """Which place of each batch's order [steps, N] a process embeds keys for: int64 [steps, N].
+
+    Shuffled BatchNorm. If a process embedded the keys of its own queries, both would be normalised
+    with the statistics of the same few images, and the student could tell its key by them instead
+    of by what the image shows. So the places are shuffled, and in_order takes it back. [MoCo]
+    """
+    if PROCESSES == 1:
+        return torch.arange(order.shape[1]).expand_as(order)
+    places = torch.rand(order.shape).argsort(1)
+    # Alike so far; from here on each process draws its own views.
+    seed_everything(args.seed, args.stage, f"{epoch} process {RANK}")
+    return places
+
+
+def in_order(keys, places):
+    """All processes' keys [N, M, D] in the order of the batch."""
+    if PROCESSES == 1:
+        return keys
+    parts = [torch.empty_like(keys) for _ in range(PROCESSES)]
+    distributed.all_gather(parts, keys.contiguous())
+    return torch.cat(parts)[places.argsort().to(keys.device)]
+
+
+def mean_over_processes(value):
+    """The mean of a scalar tensor over all processes: float."""
+    if PROCESSES > 1:
+        distributed.all_reduce(value)
+    return value.item() / PROCESSES
+
+
+def average_statistics(*networks):
+    """Average BatchNorm's running statistics over all processes, in place.
+
+    They are sums of what the steps brought, so once an epoch is as good as at each step.
+    """
+    for network in networks if PROCESSES > 1 else ():
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                distributed.all_reduce(buffer)
+                buffer /= PROCESSES
+
+
+# ==================================================================================================
+# 12. Command line [plumbing]
 # ==================================================================================================
 
 
@@ -1540,6 +1653,8 @@ def parse_args(argv=None):
         command = commands.add_parser(stage, help=text, description=text, epilog=epilog)
         add_switches(command, stage)
     given = vars(parser.parse_args(argv))
+    if PROCESSES > 1 and given["stage"] != "pretrain":
+        raise UserError(f"{given['stage']} runs in one process: start it without torchrun")
     given = {name: value for name, value in given.items() if value is not None}
     settled = dict(root=None, cache=None, partial=False, uncertain="zeros", validation=False,
                    out=None, device="auto", amp=True, batch=64)
@@ -1568,6 +1683,9 @@ def parse_args(argv=None):
         settled |= RECIPES[data]["finetune"] | theirs | dict(start=start)
     settled |= dict(data=data) | given
 
+    if settled["batch"] % PROCESSES:
+        raise UserError(f"--batch {settled['batch']} cannot be shared evenly by {PROCESSES} "
+                        "processes; take a multiple of their number")
     smallest = 32 if settled["arch"] == "densenet121" else 16
     if settled["size"] < smallest:
         raise UserError(f"--size must be at least {smallest} for {settled['arch']}")
@@ -1597,8 +1715,16 @@ def main(argv=None):
     """Run a command. Returns its exit status: 0, 2 if the user can mend it, 130 on Ctrl-C."""
     try:
         args = parse_args(argv)
+        if PROCESSES > 1:
+            join_processes(choose_device(args.device))
+            if RANK > 0:
+                # One process speaks, and decodes images; the others wait, then find them decoded.
+                sys.stdout = open(os.devnull, "w")
+                distributed.barrier()
         data = load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial,
                          args.validation)
+        if PROCESSES > 1 and RANK == 0:
+            distributed.barrier()
         if args.stage == "evaluate":
             evaluate_checkpoint(data, args)
         else:
