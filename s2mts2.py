@@ -351,12 +351,18 @@ def crop_rotate_flip(images, left, top, width, height, angle, flip, flip_y):
     """
     # Where in the input does an output pixel come from? Go back along the chain: mirror, turn by
     # the angle, shrink to the crop's size, move to its centre. Coordinates run from -1 to 1.
+    def per_image(values):
+        return values.view(-1, 1, 1)
+
+    side = images.shape[-1]
+    place = (torch.arange(side, device=images.device) * 2 + 1) / side - 1
     radians = torch.deg2rad(angle)
-    cos, sin, mirror_x, mirror_y = radians.cos(), radians.sin(), 1 - 2 * flip, 1 - 2 * flip_y
-    to_x = torch.stack([width * cos * mirror_x, -width * sin * mirror_y, 2 * left + width - 1], 1)
-    to_y = torch.stack([height * sin * mirror_x, height * cos * mirror_y, 2 * top + height - 1], 1)
-    grid = F.affine_grid(torch.stack([to_x, to_y], 1), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+    cos, sin = radians.cos(), radians.sin()
+    centre_x, centre_y = per_image(2 * left + width - 1), per_image(2 * top + height - 1)
+    x, y = per_image(1 - 2 * flip) * place, per_image(1 - 2 * flip_y) * place[:, None]
+    x, y = (per_image(width * cos) * x - per_image(width * sin) * y + centre_x,
+            per_image(height * sin) * x + per_image(height * cos) * y + centre_y)
+    return F.grid_sample(images, torch.stack([x, y], 3), padding_mode="zeros", align_corners=False)
 
 
 def jitter_colours(images, brightness, contrast, saturation, hue):
@@ -485,9 +491,9 @@ def ema_update(teacher, student, momentum):
     """
     pairs = list(zip([*teacher.parameters(), *teacher.buffers()],
                      [*student.parameters(), *student.buffers()], strict=True))
-    averaged = [pair for pair in pairs if pair[0].is_floating_point()]
-    # All tensors in one call, as a GPU takes longer to be asked than to answer.
-    torch._foreach_lerp_(*zip(*averaged), 1 - momentum)
+    # All tensors in one call: a GPU takes longer to be asked than to answer.
+    floats = [pair for pair in pairs if pair[0].is_floating_point()]
+    torch._foreach_lerp_(*zip(*floats), 1 - momentum)
     for mine, theirs in pairs:
         if not mine.is_floating_point():
             mine.copy_(theirs)
@@ -581,9 +587,9 @@ def pretrain(data, args):
         places = places_of_keys(order, args, epoch)
         batches = read_ahead(data, device, my_part(order, 1), my_part(order.gather(1, places), 1))
         for step, (images, key_images) in enumerate(batches):
-            query_views = random_views(images, args.augment, args.size)
-            copies = key_images.repeat_interleave(args.keys, 0)
-            key_views = random_views(copies, args.augment, args.size)
+            copies = torch.cat([images, key_images.repeat_interleave(args.keys, 0)])
+            views = random_views(copies, args.augment, args.size)
+            query_views, key_views = views.tensor_split([len(images)])
             with mixed_precision(device, args.amp):
                 query = F.normalize(embed(query_views).float(), dim=1)
                 with torch.no_grad():

@@ -737,6 +737,22 @@ def test_the_loss_is_finite_at_a_tiny_temperature():
     assert loss.isfinite() and query.grad.isfinite().all()
 
 
+def test_autograd_keeps_little_more_than_the_logits():
+    query, keys, queue = embeddings(images=256, keys=5, dim=128, negatives=16384, dtype=torch.float32)
+    query.requires_grad_()
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = s2mts2.joint_contrastive_loss(query, keys, queue, 0.07, 2.0)
+    assert sum(kept.values()) <= 3 * 256 * 16384 * 4
+    loss.backward()
+
+
 # --------------------------------------------------------------------------------------------- metrics
 
 
@@ -935,6 +951,81 @@ def test_an_interrupted_stage_goes_on_and_ends_as_if_it_had_not_been(stage, monk
         run(data, parse_args([*command, "--out", "halves", "--lr", ".5"]))
     assert Path(f"halves/{stage}.pt").read_bytes() == before
     run(data, parse_args([*command, "--out", "halves", "--lr", ".5", "--fresh"]))
+
+
+@pytest.mark.parametrize("length, batch", [(7, 3), (5, 5), (4, 9), (8, 4)])
+def test_the_queue_keeps_the_last_means_in_turn(length, batch):
+    queue, written = torch.zeros(length, 2), torch.arange(1.0, 60).repeat(2, 1).T
+    place = queue.data_ptr()
+    for first in range(0, 36, batch):
+        s2mts2.enqueue(queue, written[first:first + batch], first)
+        count = min(length, first + batch)
+        expected = torch.arange(first + batch - count, first + batch) + 1.0
+        assert sorted(queue[:, 0].tolist())[-count:] == expected.tolist()
+    assert queue.data_ptr() == place
+
+
+PROCESS = """
+import sys, torch, s2mts2, numpy as np
+from torch import nn
+plain, batch, out, epochs = sys.argv[1] == "plain", sys.argv[2], sys.argv[3], sys.argv[4]
+torch.set_num_threads(1)
+if plain:
+    s2mts2.build_network = lambda arch, channels, outputs, *more: nn.Sequential(
+        nn.Flatten(), nn.Linear(256, 32), nn.Tanh(), nn.Linear(32, outputs))
+draw = np.random.default_rng(0)
+data = s2mts2.Data("mine", draw.integers(0, 255, (40, 1, 16, 16), np.uint8), np.eye(2)[np.arange(40) % 2],
+                   ["a", "b"], [str(k) for k in range(40)], np.arange(32), np.arange(32, 40), False)
+s2mts2.load_data = lambda *arguments: data
+done, pretrain = [], s2mts2.pretrain
+def kept(data, args):
+    args.augment = s2mts2.PLAIN if plain else args.augment
+    args.size = 16 if plain else 32
+    done.extend(pretrain(data, args))
+s2mts2.pretrain = kept
+status = s2mts2.main(["pretrain", "--epochs", epochs, "--batch", batch, "--out", out, "--device", "cpu"])
+torch.save([network.state_dict() for network in done], f"{out}/rank{s2mts2.RANK}.pt")
+sys.exit(status)
+"""
+
+
+def test_two_processes_do_the_work_of_one():
+    Path("process.py").write_text(PROCESS)
+
+    def run(processes, *words):
+        command = [sys.executable, "process.py", *words]
+        if processes > 1:
+            command[1:1] = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run(command, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # Without BatchNorm and with plain views: the same losses and weights.
+    run(1, "plain", "8", "one", "3")
+    assert run(2, "plain", "8", "two", "3").count("epoch 3/3") == 1
+    ours, theirs = (torch.load(f"{out}/pretrain.pt")["state"] for out in ("one", "two"))
+    for one, two in zip(lines("one/log.jsonl"), lines("two/log.jsonl"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    assert torch.allclose(ours["queue"], theirs["queue"], atol=1e-4)
+    assert torch.allclose(ours["student"]["1.weight"], theirs["student"]["1.weight"], atol=1e-4)
+    # With BatchNorm and random views: both processes end with equal networks, running statistics included,
+    # and one process goes on where two left off.
+    run(2, "densenet", "8", "both", "1")
+    zero, one = (torch.load(f"both/rank{rank}.pt") for rank in (0, 1))
+    assert equal(zero, one)
+    saved = torch.load("both/pretrain.pt", weights_only=True)
+    assert equal(saved["state"]["teacher"], zero[1]) and (saved["state"]["queue"].norm(dim=1) < 0.99999).all()
+    saved["settings"]["epochs"] = 2
+    torch.save(saved, "both/pretrain.pt")
+    assert "going on after epoch 1" in run(1, "densenet", "8", "both", "2")
+
+
+def test_several_processes_are_refused_where_they_do_not_work(monkeypatch, capsys):
+    monkeypatch.setattr(s2mts2, "PROCESSES", 3)
+    for command, words in (("finetune", "without torchrun"), ("evaluate", "without torchrun"),
+                           ("pretrain --batch 64", "multiple")):
+        assert main(command.split()) == 2 and words in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
