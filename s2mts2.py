@@ -282,7 +282,11 @@ def random_views(images, augment, size):
     augment = PLAIN only resizing and normalisation are left.
     """
     count, device = len(images), images.device
-    images = images.float() / 255 if images.dtype == torch.uint8 else images
+    # A CPU is fastest with as many images at a time as its cache holds.
+    at_once = max(1, 2**20 // size**2)
+    if device.type == "cpu" and count > at_once:
+        return torch.cat([random_views(part, augment, size) for part in images.split(at_once)])
+    images = images / 255 if images.dtype == torch.uint8 else images.clone()
 
     def uniform(low, high):
         return torch.empty(count, device=device).uniform_(low, high)
@@ -318,9 +322,9 @@ def random_views(images, augment, size):
     if blurred:
         picked = torch.rand(count, device=device).argsort()[:blurred]
         sigma = uniform(min(0.1, augment["blur"]), augment["blur"])[:blurred]
-        images = images.index_copy(0, picked, gaussian_blur(images[picked], sigma))
+        images[picked] = gaussian_blur(images[picked], sigma, augment["blur"])
 
-    images = (images - channel_values(MEAN, images)) / channel_values(STD, images)
+    images.sub_(channel_values(MEAN, images)).div_(channel_values(STD, images))
 
     if augment["erase_p"]:
         # Area and sides' ratio as in torchvision's RandomErasing; 0 is now the mean grey.
@@ -354,15 +358,18 @@ def crop_rotate_flip(images, left, top, width, height, angle, flip, flip_y):
     def per_image(values):
         return values.view(-1, 1, 1)
 
-    side = images.shape[-1]
+    side, radians = images.shape[-1], torch.deg2rad(angle)
     place = (torch.arange(side, device=images.device) * 2 + 1) / side - 1
-    radians = torch.deg2rad(angle)
-    cos, sin = radians.cos(), radians.sin()
-    centre_x, centre_y = per_image(2 * left + width - 1), per_image(2 * top + height - 1)
     x, y = per_image(1 - 2 * flip) * place, per_image(1 - 2 * flip_y) * place[:, None]
-    x, y = (per_image(width * cos) * x - per_image(width * sin) * y + centre_x,
-            per_image(height * sin) * x + per_image(height * cos) * y + centre_y)
-    return F.grid_sample(images, torch.stack([x, y], 3), padding_mode="zeros", align_corners=False)
+    cos, sin = per_image(radians.cos()), per_image(radians.sin())
+    left, top, width, height = map(per_image, (left, top, width, height))
+    # What an output column adds to the place in the input, [N, 1, S], and what a row does, [N, S,
+    # 1]. Both coordinates in one complex number, so that their sum is one pass over the pixels.
+    columns = torch.complex(width * cos * x + 2 * left + width - 1,
+                            height * sin * x + 2 * top + height - 1)
+    rows = torch.complex(-width * sin * y, height * cos * y)
+    grid = torch.view_as_real(columns + rows)
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 
 def jitter_colours(images, brightness, contrast, saturation, hue):
@@ -376,7 +383,6 @@ def jitter_colours(images, brightness, contrast, saturation, hue):
     def per_image(values):
         return values.view(-1, 1, 1, 1)
 
-    images = images * per_image(brightness)
     grey = images
     if images.shape[1] == 3:
         # In YIQ coordinates the first number is the grey level and the other two span the colours:
@@ -392,35 +398,40 @@ def jitter_colours(images, brightness, contrast, saturation, hue):
         turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
         images = torch.einsum("nij,njhw->nihw", back @ turn @ to_yiq, images)
         grey = torch.einsum("c,nchw->nhw", to_yiq[0], images)
-    # Contrast moves the pixels away from the image's mean grey level, or towards it.
-    mean = grey.flatten(1).mean(1)
-    return (images * per_image(contrast) + per_image(mean * (1 - contrast))).clamp(0, 1)
+    # Contrast moves the pixels away from the image's mean grey level, or towards it:
+    # contrast * (brightness * pixel) + (1 - contrast) * (brightness * mean), in one pass.
+    mean = brightness * grey.flatten(1).mean(1)
+    shift, factor = per_image((1 - contrast) * mean), per_image(contrast * brightness)
+    return (images * factor).add_(shift).clamp_(0, 1)
 
 
-def gaussian_blur(images, sigma):
-    """Blur each image [N, C, H, W] with a Gaussian of its own sigma [N], in pixels.
+def gaussian_blur(images, sigma, largest):
+    """Blur each image [N, C, H, W] with a Gaussian of its own sigma [N], in pixels, up to largest.
 
-    At the border the Gaussian is cut off and its weights rescaled to a sum of 1.
+    Beyond the border the image is continued by its reflection.
     """
-    # A Gaussian treats rows and columns apart, so blurring is a matrix product from the left and
-    # one from the right. Far more multiplications than sliding a small kernel, yet faster, as
-    # matrix products are what machines do best; and every image may have its own sigma.
-    def weights(side):
-        place = torch.arange(side, device=images.device)
-        squared_distance = (place[:, None] - place[None, :]).float().square()
-        return torch.softmax(-squared_distance / (2 * sigma.square().view(-1, 1, 1, 1)), -1)
-
-    return weights(images.shape[-2]) @ images @ weights(images.shape[-1]).mT
+    count, channels, height, width = images.shape
+    # Past three standard deviations a Gaussian is next to nothing.
+    radius = math.ceil(3 * largest)
+    distance = torch.arange(-radius, radius + 1, device=images.device)
+    weights = torch.softmax(-distance.square() / (2 * sigma.square()[:, None]), 1)
+    # A Gaussian treats rows and columns apart: two thin kernels do for a wide square one. As
+    # channels of a single image, in groups of one, all images may have kernels of their own.
+    weights = weights.repeat_interleave(channels, 0)
+    images = F.pad(images.reshape(1, -1, height, width), [radius] * 4, mode="reflect")
+    images = F.conv2d(images, weights[:, None, None, :], groups=len(weights))
+    images = F.conv2d(images, weights[:, None, :, None], groups=len(weights))
+    return images.view(count, channels, height, width)
 
 
 def erase(images, left, top, width, height):
-    """Set a rectangle of each image [N, C, H, W] to 0, given in shares [N] of the image's sides."""
+    """Set a rectangle of each image [N, C, H, W] to 0, in place; in shares [N] of its sides."""
     def inside(start, length, side):
         place = (torch.arange(side, device=images.device) + 0.5) / side
-        return (place >= start[:, None]) & (place < (start + length)[:, None])
+        return ((place >= start[:, None]) & (place < (start + length)[:, None])).float()
 
     rows, columns = inside(top, height, images.shape[-2]), inside(left, width, images.shape[-1])
-    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None, :], 0)
+    return images.mul_(1 - rows[:, None, :, None] * columns[:, None, None, :])
 
 
 # ==================================================================================================
