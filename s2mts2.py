@@ -64,6 +64,7 @@ Map:  1 data    2 views    3 network and teacher    4 joint contrastive loss    
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import datetime
@@ -72,9 +73,13 @@ import io
 import json
 import math
 import os
+import shlex
+import signal
 import sys
+import tempfile
 import textwrap
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +91,12 @@ import torchvision
 from sklearn import datasets, metrics, model_selection
 from torch import distributed, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:
+    # Windows has none, and no lock then.
+    fcntl = None
 
 
 class UserError(Exception):
@@ -207,7 +218,12 @@ def choose_labelled(data, labels, seed):
             what = f"{strange[0]} is not a training image" if strange else "the file is empty"
             raise UserError(f"--labels {labels}: {what}; give one image a line, such as "
                             f"{data.names[data.train[0]]}")
-        return np.unique([row[name] for name in wanted])
+        chosen = np.unique([row[name] for name in wanted])
+        without = data.targets[data.train].any(0) & ~data.targets[chosen].any(0)
+        if without.any():
+            raise UserError(f"--labels {labels} has no image of class "
+                            f"{data.classes[without.argmax()]}; add at least one")
+        return chosen
 
     targets = data.targets[data.train]
     if data.multilabel:
@@ -564,9 +580,8 @@ def pretrain(data, args):
     Returns (student, teacher). Leaves pretrain.pt, log.jsonl and views.png in the output folder.
     Raises UserError when args and data do not fit together.
     """
-    if args.batch > len(data.train):
-        raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
     device = choose_device(args.device)
+    check_batch(data, args)
     seed_everything(args.seed, "pretrain")
     imagenet = args.init == "imagenet"
     student = build_network(args.arch, data.images.shape[1], args.dim, "mlp", imagenet).to(device)
@@ -646,6 +661,7 @@ def finetune(data, args):
     Raises UserError when args and data do not fit together.
     """
     device = choose_device(args.device)
+    check_batch(data, args)
     labelled = choose_labelled(data, args.labels, args.seed)
     unlabelled = np.setdiff1d(data.train, labelled)
     seed_everything(args.seed, "finetune")
@@ -898,6 +914,10 @@ def load_cxr14(root, size, cache, partial):
             raise UserError(f"image {name} is in a list, not in {table}; take files of one release")
         files[name] = paths.get(name) or f"{folders[0]}/{name}"
 
+    both = {name.split("_")[0] for name in train} & {name.split("_")[0] for name in test}
+    if both:
+        print(f"warning: {len(both)} patients are in both lists, such as {min(both)}; the test "
+              "images are then not new to the networks")
     files, train = those_there(files, partial), set(train)
     part = np.array([name in train for name in files], bool)
     return Data("cxr14", decode_images(files, size, 1, cache or root),
@@ -1283,17 +1303,16 @@ def run_stage(data, args, state, progress, one_epoch, steps, images_per_step):
             lr = learning_rate(args, epoch)
             for group in state["optimizer"].param_groups:
                 group["lr"] = lr
-            start, total = time.perf_counter(), 0.0
+            start, losses = time.perf_counter(), []
             for loss in one_epoch(epoch):
-                total = total + loss.detach()
+                losses.append(loss.detach())
                 # To read a loss makes a GPU wait, so only when the bar is drawn.
-                if bar.update(images_per_step):
-                    bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+                if bar.update(images_per_step) or len(losses) == steps:
+                    check_finite(losses, epoch, lr)
+                    bar.set_postfix_str(f"loss {losses[-1].item():.3f}", refresh=False)
             average_statistics(state["student"], state["teacher"])
-            loss, seconds = mean_over_processes(total / steps), time.perf_counter() - start
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is {loss} in epoch {epoch + 1}, at a learning rate of "
-                                f"{lr:g}; try a smaller --lr")
+            loss = mean_over_processes(torch.stack(losses).mean())
+            seconds = time.perf_counter() - start
             bar.write(f"{args.stage} epoch {epoch + 1}/{args.epochs}: loss {loss:.4f}, "
                       f"learning rate {lr:.2g}, {images / seconds:.0f} images/s")
             history.append(dict(stage=args.stage, epoch=epoch, loss=loss, lr=lr, seconds=seconds,
@@ -1303,6 +1322,22 @@ def run_stage(data, args, state, progress, one_epoch, steps, images_per_step):
             checkpoint = dict(progress, state=tensors)
             write_file(out / f"{args.stage}.pt", lambda file: torch.save(checkpoint, file))
             write_log(out, args.stage, history)
+
+
+def check_batch(data, args):
+    """Raise UserError if a batch has more images than the training set."""
+    if args.batch > len(data.train):
+        raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
+
+
+def check_finite(losses, epoch, lr):
+    """Raise UserError with the first step of an epoch whose loss is not a finite number."""
+    broken = (~torch.stack(losses).isfinite()).nonzero()
+    if len(broken):
+        step = broken[0].item()
+        raise UserError(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, "
+                        f"at a learning rate of {lr:g}; try a smaller --lr. The checkpoint is that "
+                        "of the last finished epoch")
 
 
 def resume(data, args, state, labelled=None):
@@ -1325,7 +1360,7 @@ def resume(data, args, state, labelled=None):
     shown = ", ".join(f"{name} {value}" for name, value in dict(settings, augment=augment).items())
     print(textwrap.fill(f"{args.stage}: {shown}", 100))
 
-    progress = dict(format=1, stage=args.stage, settings=settings, history=[],
+    progress = dict(format=FORMAT, stage=args.stage, settings=settings, history=[],
                     source={name: getattr(args, name) for name in SOURCE})
     path = output_folder(data, args) / f"{args.stage}.pt"
     if args.fresh or not path.exists():
@@ -1346,20 +1381,29 @@ def resume(data, args, state, labelled=None):
     return dict(progress, history=checkpoint["history"])
 
 
+# Changes when older checkpoints can no longer be read.
+FORMAT = 1
+
+
 def load_checkpoint(path, stage):
     """The checkpoint of a stage, on the CPU. UserError if it is missing, broken or another."""
     try:
+        # A flipped bit would go unnoticed by torch; the archive has checksums.
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise ValueError("checksum")
         # weights_only admits tensors and plain values; a pickle could run any code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["format"], checkpoint["stage"]
     except FileNotFoundError:
         raise UserError(f"there is no {path}; python s2mts2.py {stage} makes one") from None
     except Exception as error:
         # A broken file can make its reader stumble over anything.
         raise UserError(f"{path} is broken or not a checkpoint of this program; python s2mts2.py "
                         f"{stage} --fresh makes a new one ({type(error).__name__})") from None
-    kind = isinstance(checkpoint, dict) and (checkpoint.get("format"), checkpoint.get("stage"))
-    if kind != (1, stage):
-        raise UserError(f"{path} is not a checkpoint that python s2mts2.py {stage} wrote")
+    if found != (FORMAT, stage):
+        raise UserError(f"{path} is of stage {found[1]} and format {found[0]}, not of {stage} and "
+                        f"{FORMAT}; take another file, or the version of s2mts2.py that wrote it")
     return checkpoint
 
 
@@ -1377,10 +1421,11 @@ def write_file(path, write):
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot write {path} ({reason}); make room or choose another folder with "
                         "--out, or with --cache for images") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -1732,27 +1777,53 @@ def main(argv=None):
     """Run a command. Returns its exit status: 0, 2 if the user can mend it, 130 on Ctrl-C."""
     try:
         args = parse_args(argv)
-        if PROCESSES > 1:
-            join_processes(choose_device(args.device))
-            if RANK > 0:
-                # One process speaks, and decodes images; the others wait, then find them decoded.
-                sys.stdout = open(os.devnull, "w")
-                distributed.barrier()
-        data = load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial,
-                         args.validation)
-        if PROCESSES > 1 and RANK == 0:
-            distributed.barrier()
-        if args.stage == "evaluate":
-            evaluate_checkpoint(data, args)
-        else:
-            dict(pretrain=pretrain, finetune=finetune)[args.stage](data, args)
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        device = choose_device(args.device)
+        with alone(args.out or f"runs/{args.data}"):
+            run_command(args, device)
+    except (UserError, torch.OutOfMemoryError) as error:
+        advice = "" if isinstance(error, UserError) else ". Try a smaller --batch or --size"
+        print("error:", " ".join(str(error).split()) + advice, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last finished epoch", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        again = [word for word in argv or sys.argv[1:] if word != "--fresh"]
+        print(f"\nstopped. To go on after the last finished epoch: python s2mts2.py "
+              f"{shlex.join(again)}", file=sys.stderr)
+        return stop.args[0] if stop.args else 130
     return 0
+
+
+def run_command(args, device):
+    """Load the data and do what the command says, in one process or in several."""
+    if PROCESSES > 1:
+        join_processes(device)
+        if RANK > 0:
+            # One process speaks, and decodes images; the others wait, then find them decoded.
+            sys.stdout = open(os.devnull, "w")
+            distributed.barrier()
+    data = load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial,
+                     args.validation)
+    if PROCESSES > 1 and RANK == 0:
+        distributed.barrier()
+    dict(pretrain=pretrain, finetune=finetune, evaluate=evaluate_checkpoint)[args.stage](data, args)
+
+
+@contextlib.contextmanager
+def alone(out):
+    """Hold a lock for an output folder, so that a second run with the same is told."""
+    name = f"s2mts2-{fingerprint(str(Path(out).resolve()))}.lock"
+    with open(Path(tempfile.gettempdir()) / name, "w") as lock:
+        try:
+            if fcntl and RANK == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {out}; wait for its end, or choose another "
+                            "--out") from None
+        yield
+
+
+def terminate(*_):
+    """On SIGTERM: stop as on Ctrl-C, with the status that belongs to it."""
+    raise KeyboardInterrupt(128 + signal.SIGTERM)
 
 
 def evaluate_checkpoint(data, args):
@@ -1761,10 +1832,15 @@ def evaluate_checkpoint(data, args):
     device, networks = choose_device(args.device), []
     for name in ("student", "teacher"):
         network = build_network(args.arch, data.images.shape[1], len(data.classes))
-        network.load_state_dict(state[name])
+        try:
+            network.load_state_dict(state[name])
+        except RuntimeError as error:
+            raise UserError(f"{args.checkpoint} does not fit the data in {args.root}: "
+                            f"{str(error).splitlines()[-1].strip()}") from None
         networks.append(network.to(device))
     return report(*networks, data, args)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
