@@ -332,7 +332,7 @@ def random_views(images, augment, size):
         hue = sometimes(augment["jitter_p"]) * augment["hue"] * uniform(-1, 1)
         images = jitter_colours(images, *factors, hue)
 
-    # Blurring is the dearest step, so only the images drawn for it take it. How many they are is
+    # Blurring is dear, so only the images drawn for it take it. How many they are is
     # drawn on the CPU: to ask a GPU for the number would make it wait.
     blurred = int(augment["blur_p"] * count + torch.rand(()))
     if blurred:
