@@ -48,7 +48,7 @@ The paper's letters, the names that they have here, and their shapes:
     t       temperature          how finely the loss tells similarities apart
     c       covariance_weight    grows up to lambda, which is args.covariance_weight
     a       teacher_momentum     share of itself that the teacher keeps at each step
-    w       weight               of the unlabelled images; grows up to args.consistency
+    w       weight               of the unlabelled images; grows from 0 towards args.consistency
     p, p'   probabilities [N, C] student's and teacher's, of C classes
 
 N images in a batch, M keys of an image, D numbers in an embedding, K negatives in the queue.
@@ -167,7 +167,7 @@ def load_data(name, root=None, size=None, cache=None, uncertain="zeros", partial
     Raises UserError when files are missing, broken or contradict each other.
     """
     root = Path(root or f"data/{name}")
-    size = size or RECIPES.get(name, RECIPES["digits"])["pretrain"]["size"]
+    size = size or recipe(name, "pretrain")["size"]
     if name == "digits":
         return load_digits()
     if name == "cxr14":
@@ -212,7 +212,7 @@ def choose_labelled(data, labels, seed):
     """
     if isinstance(labels, (str, os.PathLike)):
         row = {data.names[index]: index for index in data.train}
-        wanted = [line.strip() for line in read_lines(labels) if line.strip()]
+        wanted = read_lines(labels)
         strange = [name for name in wanted if name not in row]
         if strange or not wanted:
             what = f"{strange[0]} is not a training image" if strange else "the file is empty"
@@ -302,7 +302,7 @@ def random_views(images, augment, size):
     at_once = max(1, 2**20 // size**2)
     if device.type == "cpu" and count > at_once:
         return torch.cat([random_views(part, augment, size) for part in images.split(at_once)])
-    images = images / 255 if images.dtype == torch.uint8 else images.clone()
+    images = images / 255 if images.dtype == torch.uint8 else images.float().clone()
 
     def uniform(low, high):
         return torch.empty(count, device=device).uniform_(low, high)
@@ -310,16 +310,22 @@ def random_views(images, augment, size):
     def sometimes(probability):
         return (torch.rand(count, device=device) < probability).float()
 
+    def rectangle(smallest, largest, ratio):
+        # Left, top, width and height in shares of the image. Area and sides' ratio are drawn as in
+        # torchvision; a side longer than the image is cut to it, where torchvision draws again.
+        # [our choice]
+        area, ratio = uniform(smallest, largest), torch.exp(uniform(-1, 1) * math.log(ratio))
+        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+        return uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height), width, height
+
+    # [our choice] The crop is taken from the resized image, so that the views of a batch are of one
+    # shape from the start; torchvision crops at full resolution, which shows finer detail.
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
     if any(augment[name] for name in ("centre", "crop", "rotate", "flip_p", "vertical_flip_p")):
-        # Area and sides' ratio as in torchvision's RandomResizedCrop. A side longer than the image
-        # is cut to it, where torchvision draws again. [our choice]
-        area = uniform(1 - augment["crop"], 1)
-        ratio = torch.exp(uniform(-1, 1) * math.log(4 / 3) * (augment["crop"] > 0))
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        left, top = uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height)
+        ratio = 4 / 3 if augment["crop"] else 1
+        left, top, width, height = rectangle(1 - augment["crop"], 1, ratio)
         kept = 1 - augment["centre"]
         left, width = (1 - kept) / 2 + kept * left, kept * width
         angle = uniform(-1, 1) * augment["rotate"] * sometimes(augment["rotate_p"])
@@ -327,15 +333,15 @@ def random_views(images, augment, size):
         images = crop_rotate_flip(images, left, top, width, height, angle, flip, flip_y)
 
     if augment["jitter_p"]:
-        change = sometimes(augment["jitter_p"]) * augment["jitter"]
-        factors = [1 + change * uniform(-1, 1) for _ in ("brightness", "contrast", "saturation")]
-        hue = sometimes(augment["jitter_p"]) * augment["hue"] * uniform(-1, 1)
-        images = jitter_colours(images, *factors, hue)
+        drawn = sometimes(augment["jitter_p"])
+        brightness, contrast, saturation, hue = (
+            drawn * augment[strength] * uniform(-1, 1) for strength in ("jitter",) * 3 + ("hue",))
+        images = jitter_colours(images, 1 + brightness, 1 + contrast, 1 + saturation, hue)
 
-    # Blurring is dear, so only the images drawn for it take it. How many they are is
-    # drawn on the CPU: to ask a GPU for the number would make it wait.
+    # Blurring is dear, so only the images drawn for it take it. How many they are is drawn on the
+    # CPU: to ask a GPU for the number would make the program wait.
     blurred = int(augment["blur_p"] * count + torch.rand(()))
-    if blurred:
+    if blurred and augment["blur"]:
         picked = torch.rand(count, device=device).argsort()[:blurred]
         sigma = uniform(min(0.1, augment["blur"]), augment["blur"])[:blurred]
         images[picked] = gaussian_blur(images[picked], sigma, augment["blur"])
@@ -343,10 +349,8 @@ def random_views(images, augment, size):
     images.sub_(channel_values(MEAN, images)).div_(channel_values(STD, images))
 
     if augment["erase_p"]:
-        # Area and sides' ratio as in torchvision's RandomErasing; 0 is now the mean grey.
-        area, ratio = uniform(0.02, 0.33), torch.exp(uniform(math.log(0.3), math.log(3.3)))
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        left, top = uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height)
+        # The colour of the hole is 0, by now the mean grey.
+        left, top, width, height = rectangle(0.02, 0.33, 3.3)
         images = erase(images, left, top, width * sometimes(augment["erase_p"]), height)
     return images
 
@@ -354,7 +358,7 @@ def random_views(images, augment, size):
 def channel_values(values, images):
     """MEAN or STD as [C, 1, 1] to go with images [N, C, H, W]; for grey their mean."""
     values = torch.tensor(values if images.shape[1] == 3 else [sum(values) / 3])
-    return values.to(images.device, non_blocking=True).view(-1, 1, 1)
+    return send(values, images.device).view(-1, 1, 1)
 
 
 def crop_rotate_flip(images, left, top, width, height, angle, flip, flip_y):
@@ -407,8 +411,7 @@ def jitter_colours(images, brightness, contrast, saturation, hue):
         # choice]
         to_yiq = torch.tensor(
             [[0.299, 0.587, 0.114], [0.596, -0.275, -0.321], [0.212, -0.523, 0.311]])
-        to_yiq, back = (matrix.to(images.device, non_blocking=True)
-                        for matrix in (to_yiq, to_yiq.inverse()))
+        to_yiq, back = (send(matrix, images.device) for matrix in (to_yiq, to_yiq.inverse()))
         cos, sin = (saturation * wave(2 * math.pi * hue) for wave in (torch.cos, torch.sin))
         one, zero = torch.ones_like(cos), torch.zeros_like(cos)
         turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(-1, 3, 3)
@@ -458,7 +461,7 @@ def erase(images, left, top, width, height):
 def build_network(arch, channels, outputs, head="linear", imagenet=False):
     """torchvision's DenseNet with a head of our own.
 
-    arch      "densenet121" [paper]; "tiny", a DenseNet with 0.15 million weights for small images
+    arch      "densenet121" [paper]; "tiny", a DenseNet with 0.14 million weights for small images
     channels  1 or 3
     outputs   int: D with head "mlp", the number of classes with head "linear"
     head      "mlp", the projection of stage 1, dropped after it; "linear", a classifier's logits
@@ -466,15 +469,13 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
     Returns an nn.Module, [N, channels, H, W] -> [N, outputs]. UserError if there are no weights.
     """
     if arch == "densenet121":
-        network = torchvision.models.densenet121()
-        if imagenet:
-            network.load_state_dict(imagenet_weights())
+        network = imagenet_densenet121() if imagenet else torchvision.models.densenet121()
     else:
         network = torchvision.models.DenseNet(16, block_config=(2, 4, 4), num_init_features=32)
     if channels == 1:
         # Three equal channels through a filter are one channel through the filter's sum. So grey
-        # images stay grey, at a third of the memory, and see exactly the network that their RGB
-        # copy would.
+        # images stay grey, at a third of the memory, and the network is exactly the one that sees
+        # three copies of the normalised image.
         stem = network.features.conv0
         stem.weight, stem.in_channels = nn.Parameter(stem.weight.sum(1, keepdim=True)), 1
     features = network.classifier.in_features
@@ -556,8 +557,9 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     What the covariance term does: q'Sq is large when the views of an image still disagree in the
     direction of its query, and the loss falls when they agree.
 
-    How it is computed: q'Sq is nothing but the variance of q.k over the keys. The N x M
-    similarities are enough, and no D x D matrix is ever formed.
+    How it is computed: S is the mean over the M keys of (k - mu)(k - mu)', so q'Sq is the mean of
+    (q.k - q.mu)^2, which is nothing but the variance of the M numbers q.k. The N x M similarities
+    are enough, and no D x D matrix is ever formed.
     """
     positives = torch.einsum("nd,nmd->nm", query, keys) / temperature
     mean, variance = positives.mean(1), positives.var(1, unbiased=False)
@@ -570,6 +572,21 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # ==================================================================================================
 # 5. Stage 1: pretrain
 # ==================================================================================================
+
+# What stage 1 asks of the student: look at one view of an image, and pick its teacher's answer to
+# other views of that image out of K answers to other images. Nothing but the images is needed.
+#
+# The negatives. To tell one's own key from a handful of others is easy and teaches little; it takes
+# thousands, more than fit in a batch. So the teacher's answers to the last K images are kept, in a
+# queue, and used again: a slow teacher would hardly answer otherwise now. A fast one would, and the
+# student could tell the old answers by their age; hence a momentum near 1.
+#
+# What BatchNorm could leak. It normalises an image with the statistics of its batch, so that an
+# embedding carries a trace of its neighbours. Where a query and its keys are computed among the
+# same few neighbours, the trace tells them and nothing need be learnt from the image. With several
+# processes the keys are therefore computed among other neighbours (orders_of_processes). Within one
+# batch no shuffling helps, as its statistics are the same in any order; but then the negatives in
+# the queue come from many batches and the batch is large, which makes the trace weak.
 
 
 def pretrain(data, args):
@@ -587,12 +604,9 @@ def pretrain(data, args):
     student = build_network(args.arch, data.images.shape[1], args.dim, "mlp", imagenet).to(device)
     teacher = make_teacher(student)
 
-    # The negatives. To tell its own key from a handful of others is easy and teaches little; it
-    # takes thousands, more than fit in a batch. So the teacher's answers to the last K images are
-    # kept and used again: the slow teacher would hardly answer otherwise now. Until real ones have
-    # come, random directions fill the queue. [authors' code] It is never longer than the training
-    # set, or else most images would find older answers to themselves among the negatives. [our
-    # choice]
+    # Random directions fill the queue until real keys have come. [authors' code] It is never longer
+    # than the training set, or most images would meet older answers to themselves among the
+    # negatives. [our choice]
     length = min(args.queue, len(data.train))
     if length < args.queue:
         print(f"queue cut from {args.queue} to {length}, the number of training images")
@@ -610,9 +624,10 @@ def pretrain(data, args):
         # of the covariance grows: c = lambda (epoch + 1) / epochs. [authors' code]
         covariance_weight = args.covariance_weight * (epoch + 1) / args.epochs
         order = shuffled(data.train, steps * args.batch).view(steps, args.batch)
-        places = places_of_keys(order, args, epoch)
-        batches = read_ahead(data, device, my_part(order, 1), my_part(order.gather(1, places), 1))
-        for step, (images, key_images) in enumerate(batches):
+        orders, places = orders_of_processes(order, args, epoch)
+        for step, batch in enumerate(read_ahead(data, device, *orders)):
+            # With several processes, this one's keys are of other images than its queries.
+            images, key_images = batch[0], batch[-1]
             copies = torch.cat([images, key_images.repeat_interleave(args.keys, 0)])
             views = random_views(copies, args.augment, args.size)
             query_views, key_views = views.tensor_split([len(images)])
@@ -621,7 +636,7 @@ def pretrain(data, args):
                 with torch.no_grad():
                     # All keys in one pass, then [N * M, D] -> [N, M, D].
                     keys = F.normalize(teacher(key_views).float(), dim=1)
-                    keys = in_order(keys.unflatten(0, (-1, args.keys)), places[step])
+                    keys = in_order(keys.unflatten(0, (-1, args.keys)), places, step)
             loss = joint_contrastive_loss(query, my_part(keys, 0), queue, args.temperature,
                                           covariance_weight)
             optimizer.zero_grad()
@@ -650,6 +665,15 @@ def enqueue(queue, means, first):
 # 6. Stage 2: finetune
 # ==================================================================================================
 
+# A few labels say what the classes are; all other images say where one class can turn into another.
+# The student learns from the labels, and beside that to answer like the teacher on unlabelled
+# images. It sees another view than the teacher, so to agree it must overlook what the views change.
+# The teacher is the better judge because it averages the student over many steps, each of which
+# erred in another direction; for the same reason the teacher is the network that is tested.
+#
+# An epoch shows each unlabelled image once. The labelled ones are few and come round many times.
+# Without unlabelled images the steps are as many, so that runs can be compared. [our choice]
+
 
 def finetune(data, args):
     """Fine-tune student and teacher with a few labels and all unlabelled images, then test both.
@@ -675,30 +699,27 @@ def finetune(data, args):
                "".join(f"{data.names[index]}\n" for index in labelled))
     print(f"{len(labelled)} labelled and {len(unlabelled)} unlabelled training images")
 
-    # An epoch shows each unlabelled image once. The labelled ones are few and come round many
-    # times. Without unlabelled images the steps are as many, so that runs can be compared. [our
-    # choice]
     steps = math.ceil(max(len(labelled), len(unlabelled)) / args.batch)
     consistent = args.consistency > 0 and len(unlabelled) > 0
 
     def one_epoch(epoch):
-        # At first the teacher knows nothing worth agreeing with: w grows. [authors' code]
+        # In the first epoch the teacher's classifier knows nothing worth agreeing with, so w is 0;
+        # then it grows. [authors' code]
         weight = args.consistency * epoch / args.epochs
         orders = [shuffled(indices, steps * args.batch).view(steps, args.batch)
                   for indices in ([labelled, unlabelled] if consistent else [labelled])]
+        targets = torch.from_numpy(data.targets[orders[0].numpy()]).to(device)
         for step, (images, *others) in enumerate(read_ahead(data, device, *orders)):
-            targets = torch.from_numpy(data.targets[orders[0][step].numpy()]).to(device)
             views = random_views(images, args.augment, args.size)
             if consistent:
-                # Two views of an unlabelled image, one for each network. Shown the same pixels, as
-                # in the authors' code, they would agree without having learnt to overlook anything.
+                # Two views of an unlabelled image, one for each network. [our choice] The authors'
+                # code shows both the same pixels. Labelled and unlabelled go through the student
+                # together, so that BatchNorm sees both kinds.
                 teacher_views = random_views(*others, args.augment, args.size)
-                # Labelled and unlabelled go through the student together: BatchNorm sees both
-                # kinds.
                 views = torch.cat([views, random_views(*others, args.augment, args.size)])
             with mixed_precision(device, args.amp):
                 logits = student(views).float()
-            loss = supervised_loss(logits[:len(images)], targets, data.multilabel)
+            loss = supervised_loss(logits[:len(images)], targets[step], data.multilabel)
             if consistent:
                 with mixed_precision(device, args.amp), torch.no_grad():
                     teacher_logits = teacher(teacher_views).float()
@@ -707,11 +728,11 @@ def finetune(data, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # A long memory would hold on to the untrained classifier for hundreds of steps. The
-            # plain average of all states so far has momentum 1 - 1 / (steps + 1): begin like that.
-            # [our choice]
-            past = epoch * steps + step
-            ema_update(teacher, student, min(1 - 1 / (past + 1), args.teacher_momentum))
+            # A long memory would hold on to the untrained classifier for hundreds of steps. So
+            # begin with the plain average of the start and all states since, whose momentum after
+            # n steps is 1 - 1 / (n + 1). [our choice]
+            done = epoch * steps + step + 1
+            ema_update(teacher, student, min(1 - 1 / (done + 1), args.teacher_momentum))
             yield loss
 
     run_stage(data, args, state, progress, one_epoch, steps, args.batch * (2 if consistent else 1))
@@ -776,20 +797,19 @@ def starting_networks(data, args):
 
 
 @torch.no_grad()
-def evaluate(network, data, indices, size, batch=64, amp=False):
+def evaluate(network, data, indices, size, batch=64):
     """Probabilities of all classes for some images, each image once and in the order given.
 
     network  from build_network, on any device    size   int, pixels
     indices  int64 [n], rows of data.images       batch  int, images at a time
-    Returns float32 [n, C].
+    Returns float32 [n, C]. Computed in float32: bfloat16 has so few digits that images would tie.
     """
     device, scores, was_training = next(network.parameters()).device, [], network.training
     network.eval()
     with tqdm(total=len(indices), desc="test", unit="image", mininterval=0.5, leave=False) as bar:
         for images, in read_ahead(data, device, torch.from_numpy(indices).split(batch)):
-            with mixed_precision(device, amp):
-                logits = network(random_views(images, PLAIN, size))
-            scores.append(probabilities(logits.float(), data.multilabel))
+            logits = network(random_views(images, PLAIN, size))
+            scores.append(probabilities(logits, data.multilabel))
             bar.update(len(images))
     network.train(was_training)
     return torch.cat(scores).cpu().numpy()
@@ -825,25 +845,28 @@ def classification_metrics(targets, scores, classes, multilabel):
 
 
 def report(student, teacher, data, args):
-    """Test both networks on the whole test split; write the table, metrics.json, predictions.csv.
+    """Test both networks on the whole test split; print the table, best class first.
+
+    Leaves metrics.json and predictions.csv in the output folder.
 
     The result is the teacher's after the last epoch. The test images have chosen nothing: no epoch,
     no network, no setting. The student is there to compare.
     Returns the dict in metrics.json: classification_metrics, and the student's under "student".
     """
     targets, batch = data.targets[data.test], max(args.batch, 64)
-    scores = [evaluate(network, data, data.test, args.size, batch, args.amp)
+    scores = [evaluate(network, data, data.test, args.size, batch)
               for network in (teacher, student)]
     result, students = (classification_metrics(targets, each, data.classes, data.multilabel)
                         for each in scores)
-    rows = [(name, result["auc"][name], students["auc"][name]) for name in data.classes]
-    rows += [(name, result[name], students[name]) for name in result if name != "auc"]
-    width = max(len(row[0]) for row in rows)
-    print(f"{f'AUC on {len(targets)} test images':{width}}  teacher  student")
-    for name, *values in rows:
+    auc, order = result["auc"], sorted(data.classes, key=lambda name: -(result["auc"][name] or 0))
+    positives = dict(zip(data.classes, targets.sum(0).astype(int), strict=True))
+    rows = [(name, positives[name], auc[name], students["auc"][name]) for name in order]
+    rows += [(name, "", result[name], students[name]) for name in result if name != "auc"]
+    print(f"{f'AUC on {len(targets)} test images':24} positive  teacher  student")
+    for name, count, *values in rows:
         shown = ("n/a" if value is None else f"{value:.4f}" for value in values)
-        print(f"{name:{width}}", *(f"{value:>8}" for value in shown))
-    unknown = [name for name, value in result["auc"].items() if value is None]
+        print(f"{name:26} {count:>6}", *(f"{value:>8}" for value in shown))
+    unknown = [name for name in order if auc[name] is None]
     if unknown:
         print("n/a, and not in the mean, because the test split has no positive or no negative: "
               + ", ".join(unknown))
@@ -858,6 +881,51 @@ def report(student, teacher, data, args):
     write_text(out / "predictions.csv", table.getvalue())
     print(f"written to {out}: metrics.json, predictions.csv")
     return result
+
+
+# What is each ingredient worth? Leave it out. Ways to begin and to go on, each with the switches
+# that make it of the whole method, and the pairs of them that are compared.
+BEGIN = dict(moco="--keys 1 --covariance-weight 0", jcl="")
+GO_ON = {"supervised": "--consistency 0", "mean teacher": ""}
+ABLATION = ("scratch + supervised", "scratch + mean teacher", "moco + mean teacher",
+            "jcl + supervised", "jcl + mean teacher")
+
+
+def ablate(args):
+    """Run the five rows of ABLATION, each with seeds 0 to args.seeds - 1, and print a table.
+
+    args  from parse_args(["ablate", ...])
+    In every row a seed has the same labels. Each run is a command of its own, shown so that it can
+    be typed, with a folder of its own in args.out; those that have finished are not run again.
+    Returns the dict in ablation.json, {row: {metric: [of each seed]}}; the metrics are the
+    teacher's.
+    """
+    def run(stage, name, seed, switches):
+        out = Path(args.out) / f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}"
+        words = [stage, *switches, *args.switches[stage], "--seed", str(seed), "--out", str(out)]
+        print("\n+ python s2mts2.py", shlex.join(words))
+        return run_command(parse_args(words))
+
+    make_folder(args.out)
+    table = {row: dict(mean_auc=[], accuracy=[]) for row in ABLATION}
+    for seed in range(args.seeds):
+        for begin in ("moco", "jcl"):
+            run("pretrain", begin, seed, BEGIN[begin].split())
+        for row, columns in table.items():
+            begin, go_on = row.split(" + ")
+            start = begin if begin == "scratch" else f"{args.out}/{begin}-{seed}/pretrain.pt"
+            result = run("finetune", row, seed, ["--from", start, *GO_ON[go_on].split()])
+            for name, values in columns.items():
+                values.append(result.get(name))
+        write_text(Path(args.out) / "ablation.json", json.dumps(table, indent=1) + "\n")
+
+    print(f"\nteacher, mean and standard deviation over {args.seeds} seeds, from 0 on")
+    print(f"{'':24}mean AUC         accuracy")
+    for row, columns in table.items():
+        spread = ("n/a" if None in seeds else f"{np.mean(seeds):.4f} +- {np.std(seeds, ddof=1):.4f}"
+                  for seeds in columns.values())
+        print(f"{row:24}" + "  ".join(spread))
+    return table
 
 
 # ==================================================================================================
@@ -903,9 +971,9 @@ def load_cxr14(root, size, cache, partial):
             target[text] = [finding in found for finding in CXR14_CLASSES]
 
     # Texts, not Paths: of those, 112,120 would take a second to make.
-    paths = {name: f"{folder}/{name}" for folder in map(str, folders) if os.path.exists(folder)
+    paths = {name: f"{folder}/{name}" for folder in map(str, folders) if os.path.isdir(folder)
              for name in os.listdir(folder)}
-    train, test = ([line.strip() for line in read_lines(file) if line.strip()] for file in lists)
+    train, test = map(read_lines, lists)
     files = {}
     for name in train + test:
         if name in files:
@@ -1000,7 +1068,7 @@ def load_isic2018(root, size, cache, partial):
                  if (file := folder / f"{prefix}LesionGroupings.csv").exists()]
     lesion = {name: name for name in files}
     if groupings:
-        lesion |= {row[0]: row[1] for row in csv.reader(read_lines(groupings[0])[1:]) if row}
+        lesion |= {row[0]: row[1] for row in csv.reader(read_lines(groupings[0])[1:]) if row[1:]}
     else:
         print(f"no {prefix}LesionGroupings.csv: images of one lesion may be in train and test")
     tested = set()
@@ -1065,7 +1133,7 @@ def unpack_images(archive, splits, count, path):
         block = archive[f"{split}_images"]
         block = block[:, None] if block.ndim == 3 else block.transpose(0, 3, 1, 2)
         if images is None:
-            images = np.lib.format.open_memmap(path, "w+", np.uint8, (count, *block.shape[1:]))
+            images = new_images(path, (count, *block.shape[1:]))
         images[start:start + len(block)] = block
         start += len(block)
     images.flush()
@@ -1089,7 +1157,8 @@ def download(url, file, checksum):
 def first_that_exists(help, *paths):
     """The first of the paths that exists. UserError with help if none does."""
     for path in paths:
-        if path.exists():
+        # os.path takes a folder that may not be entered for one that is not there.
+        if os.path.exists(path):
             return path
     raise UserError(f"there is no {paths[0]}: {help}")
 
@@ -1125,36 +1194,58 @@ def decode_images(files, size, channels, cache):
     Raises UserError that names a missing or broken image.
 
     Until it is whole the result is called .part, beside a .count of the images that are surely in
-    it: an interrupted call goes on from there.
+    it: an interrupted call goes on from there. The sizes of some of the files are in the name, so
+    that another release of the images is not taken for this one.
     """
-    whole = Path(cache) / f"{size}px-{fingerprint(str(channels), *files)}.npy"
-    part, count = whole.with_suffix(".part"), whole.with_suffix(".count")
-    if whole.exists():
-        return open_images(whole)
     paths = list(files.values())
+    if not paths:
+        raise UserError("there is no image to decode; download at least one archive of them")
     missing = [path for path in paths if not os.path.exists(path)]
     if missing:
         raise UserError(f"{len(missing):,} of {len(paths):,} images are missing: "
                         f"{', '.join(missing[:3])}{' ...' * (len(missing) > 3)}; download the "
                         "archives that hold them, or use those that are there with --partial")
+    sizes = (str(os.path.getsize(path)) for path in paths[::max(1, len(paths) // 16)])
+    whole = Path(cache) / f"{size}px-{fingerprint(str(channels), *files, *sizes)}.npy"
+    if not whole.exists():
+        if RANK > 0:
+            raise UserError(f"{whole} is not there for process {RANK}: all machines must share the "
+                            "folders --root (or --cache) and --out")
+        make_folder(whole.parent)
+        try:
+            with alone(whole):
+                decode_all(paths, size, channels, whole)
+        except OSError as error:
+            raise UserError(f"cannot keep decoded images in {cache} ({error.strerror}); make room "
+                            "or name another folder with --cache") from None
+    return open_images(whole)
+
+
+def decode_all(paths, size, channels, whole):
+    """Write the images of paths to the .npy called whole, going on with its .part if there."""
+    part, count = whole.with_suffix(".part"), whole.with_suffix(".count")
     mode = torchvision.io.ImageReadMode.GRAY if channels == 1 else torchvision.io.ImageReadMode.RGB
 
     def decode(first, stop):
         for index in range(first, min(first + THREAD_BLOCK, stop)):
             try:
                 image = torchvision.io.decode_image(paths[index], mode)
-            except RuntimeError as error:
+                image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)
+                images[index] = image[0].numpy()
+            except (RuntimeError, ValueError) as error:
                 reason = str(error).splitlines()[0]
-                raise UserError(f"broken image {paths[index]} ({reason}); get it again") from None
-            image = F.interpolate(image[None], (size, size), mode="bilinear", antialias=True)
-            images[index] = image[0].numpy()
+                raise UserError(f"broken image {paths[index]} ({reason}); get it again, as a PNG "
+                                "or JPEG of 8 bits") from None
         return index + 1 - first
 
-    make_folder(whole.parent)
     try:
-        done = int(count.read_text()) if count.exists() and part.exists() else 0
-        shape = (len(paths), channels, size, size)
-        images = np.lib.format.open_memmap(part, "r+" if done else "w+", np.uint8, shape)
+        done = int(count.read_text())
+        images = np.lib.format.open_memmap(part, "r+")
+    except (OSError, ValueError):
+        # A count of older images must not vouch for the new ones.
+        count.unlink(missing_ok=True)
+        done, images = 0, new_images(part, (len(paths), channels, size, size))
+    try:
         bar = tqdm(total=len(paths), initial=done, desc="decode", unit="image", mininterval=0.5)
         # torchvision decodes outside of Python's lock, so threads keep all cores busy.
         with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -1165,15 +1256,21 @@ def decode_images(files, size, channels, cache):
                     bar.update(decoded)
                 images.flush()
                 write_text(count, str(stop))
-        os.replace(part, whole)
         count.unlink()
-    except OSError as error:
-        raise UserError(f"cannot keep decoded images in {cache} ({error.strerror}); "
-                        "name another folder with --cache") from None
+        os.replace(part, whole)
     finally:
         if not count.exists():
             part.unlink(missing_ok=True)
-    return open_images(whole)
+
+
+def new_images(path, shape):
+    """A new .npy of uint8, memory-mapped. OSError if the disk has no room for the whole of it."""
+    images = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):
+        # Else a disk that fills up later would end the program without a word.
+        with open(path, "rb+") as stream:
+            os.posix_fallocate(stream.fileno(), 0, os.path.getsize(path))
+    return images
 
 
 def open_images(path):
@@ -1194,12 +1291,13 @@ def make_folder(folder):
 
 
 def read_lines(path):
-    """The lines of a text file. UserError if it cannot be read."""
+    """The lines of a text file that are not empty. UserError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
         raise UserError(f"cannot read {path}: {reason}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 # ==================================================================================================
@@ -1211,8 +1309,7 @@ def read_lines(path):
 # schedule: "cosine" takes lr to 0 over the epochs; "steps" takes it to a tenth at 1/2 and at 5/6 of
 # them.
 
-# [authors' code] What their recipes have in common, with the values for Chest X-ray14. Their "small
-# rotation" in its stage 2 is taken as that of stage 1.
+# [authors' code] What their recipes have in common, with the values for Chest X-ray14.
 AUTHORS_PRETRAIN = dict(
     arch="densenet121", init="imagenet", size=256, epochs=100, batch=256,
     lr=0.03, weight_decay=1e-4, schedule="cosine", teacher_momentum=0.999,
@@ -1222,7 +1319,7 @@ AUTHORS_PRETRAIN = dict(
 AUTHORS_FINETUNE = dict(
     size=512, epochs=30, batch=16, labels=0.02,
     optimizer="adam", lr=0.05, eps=0.1, schedule="steps", teacher_momentum=0.999, consistency=1.0,
-    augment=dict(PLAIN, crop=0.8, rotate=10.0, rotate_p=0.5, flip_p=0.5))
+    augment=dict(PLAIN, crop=0.8, rotate=5.0, rotate_p=1.0, flip_p=0.5))
 
 # [our choice] For the digits: tuned with a fifth of the training images held out to test on, and
 # with seeds from 100 on. See README.
@@ -1251,7 +1348,7 @@ RECIPES = dict(
         pretrain=dict(AUTHORS_PRETRAIN, size=224, keys=5,
                       augment=dict(AUTHORS_PRETRAIN["augment"], erase_p=0.0)),
         finetune=dict(AUTHORS_FINETUNE, size=224, batch=64, optimizer="adamw", schedule="cosine",
-                      augment=dict(AUTHORS_FINETUNE["augment"], rotate_p=1.0, jitter=0.4, hue=0.4,
+                      augment=dict(AUTHORS_FINETUNE["augment"], rotate=10.0, jitter=0.4, hue=0.4,
                                    jitter_p=0.8))),
     # [authors' code] but for the vertical flip: a lesion has no upper end. [our choice] The
     # photographs are 4:3, kept as squares; their middle 3/4 have the right proportions again.
@@ -1260,7 +1357,7 @@ RECIPES = dict(
                       augment=dict(AUTHORS_PRETRAIN["augment"], centre=0.25, crop=0.0, rotate_p=1.0,
                                    vertical_flip_p=0.5, erase_p=0.0)),
         finetune=dict(AUTHORS_FINETUNE, size=224, epochs=80, labels=0.2, schedule="cosine",
-                      augment=dict(AUTHORS_FINETUNE["augment"], rotate_p=1.0,
+                      augment=dict(AUTHORS_FINETUNE["augment"], rotate=10.0,
                                    vertical_flip_p=0.5))),
     chestmnist=dict(
         pretrain=dict(SMALL_PRETRAIN, epochs=10, queue=16384),
@@ -1271,6 +1368,11 @@ RECIPES = dict(
         finetune=dict(SMALL_FINETUNE, epochs=14, labels=0.2,
                       augment=dict(SMALL_FINETUNE["augment"], hue=0.1, vertical_flip_p=0.5))),
 )
+
+
+def recipe(data, stage):
+    """The row of RECIPES for a data set by its name and a stage; that of digits for one by hand."""
+    return RECIPES.get(data, RECIPES["digits"])[stage]
 
 
 def learning_rate(args, epoch):
@@ -1308,7 +1410,7 @@ def run_stage(data, args, state, progress, one_epoch, steps, images_per_step):
                 losses.append(loss.detach())
                 # To read a loss makes a GPU wait, so only when the bar is drawn.
                 if bar.update(images_per_step) or len(losses) == steps:
-                    check_finite(losses, epoch, lr)
+                    check_finite(losses, state["student"], epoch, lr)
                     bar.set_postfix_str(f"loss {losses[-1].item():.3f}", refresh=False)
             average_statistics(state["student"], state["teacher"])
             loss = mean_over_processes(torch.stack(losses).mean())
@@ -1330,14 +1432,14 @@ def check_batch(data, args):
         raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
 
 
-def check_finite(losses, epoch, lr):
-    """Raise UserError with the first step of an epoch whose loss is not a finite number."""
-    broken = (~torch.stack(losses).isfinite()).nonzero()
-    if len(broken):
-        step = broken[0].item()
-        raise UserError(f"the loss is {losses[step].item()} in epoch {epoch + 1}, step {step + 1}, "
-                        f"at a learning rate of {lr:g}; try a smaller --lr. The checkpoint is that "
-                        "of the last finished epoch")
+def check_finite(losses, network, epoch, lr):
+    """Raise UserError with the first step of an epoch whose loss, or weights, are not finite."""
+    finite = torch.stack(losses).isfinite()
+    if not (finite.all() and all(weight.isfinite().all() for weight in network.parameters())):
+        step = int(finite.long().cumprod(0).sum().clamp(max=len(losses) - 1))
+        raise UserError(f"the loss is {losses[step].item():g} in epoch {epoch + 1}, step "
+                        f"{step + 1}, at a learning rate of {lr:g}, or a weight is not finite; try "
+                        "a smaller --lr. The checkpoint is that of the last finished epoch")
 
 
 def resume(data, args, state, labelled=None):
@@ -1355,7 +1457,9 @@ def resume(data, args, state, labelled=None):
             start = load_checkpoint(args.start, "pretrain")["state"]
             settings["from"] = fingerprint(*start["student"].values(), *start["teacher"].values())
         settings["labelled"] = fingerprint(labelled)
-    settings["images"] = fingerprint(data.name, *data.names, data.targets, data.train, data.test)
+    settings |= dict(data=data.name, images=fingerprint_of(data), test=fingerprint(data.test))
+    # Plain numbers and texts, whatever a notebook gave: only such can be read again.
+    settings = json.loads(json.dumps(settings, default=str))
     augment = {name: value for name, value in args.augment.items() if value}
     shown = ", ".join(f"{name} {value}" for name, value in dict(settings, augment=augment).items())
     print(textwrap.fill(f"{args.stage}: {shown}", 100))
@@ -1363,7 +1467,11 @@ def resume(data, args, state, labelled=None):
     progress = dict(format=FORMAT, stage=args.stage, settings=settings, history=[],
                     source={name: getattr(args, name) for name in SOURCE})
     path = output_folder(data, args) / f"{args.stage}.pt"
+    if args.fresh and RANK == 0:
+        # At once, or the same command without --fresh would go on with the old run.
+        path.unlink(missing_ok=True)
     if args.fresh or not path.exists():
+        check_equal_progress(0)
         return progress
     checkpoint = load_checkpoint(path, args.stage)
     theirs = checkpoint["settings"]
@@ -1372,17 +1480,22 @@ def resume(data, args, state, labelled=None):
     if differ:
         raise UserError(f"{path} is of other settings: {'; '.join(differ)}. "
                         "Use --fresh to start over or --out for another folder")
-    for name, value in state.items():
-        load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
-        load(checkpoint["state"][name])
+    try:
+        for name, value in state.items():
+            load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
+            load(checkpoint["state"][name])
+    except Exception as error:
+        raise UserError(f"{path} has other contents than its settings say ({error}); "
+                        "start over with --fresh") from None
     done = len(checkpoint["history"])
+    check_equal_progress(done)
     print(f"{path}:", "finished, --fresh starts over" if done == args.epochs else
           f"going on after epoch {done}")
     return dict(progress, history=checkpoint["history"])
 
 
 # Changes when older checkpoints can no longer be read.
-FORMAT = 1
+FORMAT = 2
 
 
 def load_checkpoint(path, stage):
@@ -1395,8 +1508,14 @@ def load_checkpoint(path, stage):
         # weights_only admits tensors and plain values; a pickle could run any code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["format"], checkpoint["stage"]
+        if found == (FORMAT, stage):
+            # What the callers rely on.
+            checkpoint["settings"]["epochs"], checkpoint["source"]["root"], checkpoint["history"][0]
+            checkpoint["state"]["student"].values(), checkpoint["state"]["teacher"].values()
     except FileNotFoundError:
         raise UserError(f"there is no {path}; python s2mts2.py {stage} makes one") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:
         # A broken file can make its reader stumble over anything.
         raise UserError(f"{path} is broken or not a checkpoint of this program; python s2mts2.py "
@@ -1436,8 +1555,10 @@ def write_text(path, text):
 def write_log(out, stage, history):
     """Write log.jsonl: the lines of this stage anew, those of the other as they were."""
     log = out / "log.jsonl"
+    # Told apart by their beginning, which run_stage writes; whatever else is there stays.
+    mine = json.dumps(dict(stage=stage))[:-1]
     old = read_lines(log) if log.exists() else []
-    lines = [line for line in old if json.loads(line)["stage"] != stage]
+    lines = [line for line in old if not line.startswith(mine)]
     lines += [json.dumps(entry) for entry in history]
     write_text(log, "".join(line + "\n" for line in lines))
 
@@ -1470,9 +1591,14 @@ def shuffled(indices, length):
 
 def gather(data, picked, device):
     """The images of picked (int64 tensor [n]): uint8 tensor [n, C, H, W] on device."""
-    images = torch.from_numpy(data.images[picked.numpy()])
-    # From page-locked memory a GPU fetches them by itself, while the program goes on.
-    return (images.pin_memory() if device.type == "cuda" else images).to(device, non_blocking=True)
+    return send(torch.from_numpy(data.images[picked.numpy()]), device)
+
+
+def send(tensor, device):
+    """The CPU tensor on device. A CUDA GPU fetches it by itself while the program goes on."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def read_ahead(data, device, *orders):
@@ -1497,13 +1623,16 @@ def choose_device(name):
     if name == "cuda":
         # Of several processes each takes a GPU of its own.
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    # Where a matrix product is still in float32, a tenth of its digits is enough.
+    # Where a matrix product is still in float32, 10 of its 23 binary digits are enough.
     torch.set_float32_matmul_precision("high")
     try:
         device = torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError("only cpu, cuda and mps are")
+    except Exception as error:
+        # Each device reports its absence in its own way.
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not there ({reason}); try --device auto") from None
+        raise UserError(f"--device {name} is not there ({reason}); try --device cpu") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -1525,19 +1654,32 @@ def fingerprint(*parts):
     """16 hex digits that tell one sequence of texts, arrays and tensors from another."""
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(f"{part}\0".encode() if isinstance(part, str) else np.ascontiguousarray(part))
+        if isinstance(part, str):
+            digest.update(f"{part}\0".encode(errors="surrogateescape"))
+        else:
+            # With kind and shape, so that the end of one part is not taken for another's start.
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()[:16]
 
 
-def imagenet_weights():
-    """torchvision's ImageNet weights of DenseNet-121. UserError if they cannot be had."""
+def fingerprint_of(data):
+    """A fingerprint of what the networks are trained on: names, classes, labels, some images."""
+    some = data.images[::max(1, len(data.images) // 16)]
+    return fingerprint(data.name, *data.classes, *data.names, data.targets, data.train, some)
+
+
+def imagenet_densenet121():
+    """torchvision's DenseNet-121 with its ImageNet weights. UserError if they cannot be had."""
     weights = torchvision.models.DenseNet121_Weights.IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
+        return torchvision.models.densenet121(weights=weights)
+    except Exception as error:
+        # A network fails in many ways, and so does the reading of half a file.
         folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise UserError(f"cannot download {weights.url} ({error}); put the file into {folder}, or "
-                        "do without: pretrain --init random, finetune --from scratch") from None
+        raise UserError(f"cannot get {weights.url} ({error}); put the file into {folder}, or "
+                        "delete it there if it is broken, or do without: pretrain --init random, "
+                        "finetune --from scratch") from None
 
 
 # ==================================================================================================
@@ -1548,7 +1690,9 @@ def imagenet_weights():
 # share the images of each batch; all that the method's lines know of it are the calls of these
 # functions, which do nothing in a single process.
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def join_processes(device):
@@ -1569,28 +1713,40 @@ def my_part(tensor, dim):
     return tensor.chunk(PROCESSES, dim)[RANK]
 
 
-def places_of_keys(order, args, epoch):
-    """Which place of each batch's order [steps, N] a process embeds keys for: int64 [steps, N].
+def orders_of_processes(order, args, epoch):
+    """Which images of each batch's order int64 [steps, N] a process takes: for queries, for keys.
 
     Shuffled BatchNorm. If a process embedded the keys of its own queries, both would be normalised
     with the statistics of the same few images, and the student could tell its key by them instead
     of by what the image shows. So the places are shuffled, and in_order takes it back. [MoCo]
+    Returns the orders (a single one in a single process) and for in_order each image's place.
     """
     if PROCESSES == 1:
-        return torch.arange(order.shape[1]).expand_as(order)
-    places = torch.rand(order.shape).argsort(1)
+        return [order], None
+    shuffle = torch.rand(order.shape).argsort(1)
     # Alike so far; from here on each process draws its own views.
     seed_everything(args.seed, args.stage, f"{epoch} process {RANK}")
-    return places
+    places = shuffle.argsort(1).to(choose_device(args.device))
+    return [my_part(order, 1), my_part(order.gather(1, shuffle), 1)], places
 
 
-def in_order(keys, places):
-    """All processes' keys [N, M, D] in the order of the batch."""
+def in_order(keys, places, step):
+    """All processes' keys [N, M, D] of a step in the order of the batch."""
     if PROCESSES == 1:
         return keys
     parts = [torch.empty_like(keys) for _ in range(PROCESSES)]
     distributed.all_gather(parts, keys.contiguous())
-    return torch.cat(parts)[places.argsort().to(keys.device)]
+    return torch.cat(parts)[places[step]]
+
+
+def check_equal_progress(done):
+    """Raise UserError unless all processes have found a checkpoint of as many epochs."""
+    if PROCESSES > 1:
+        everywhere = [None] * PROCESSES
+        distributed.all_gather_object(everywhere, done)
+        if len(set(everywhere)) > 1:
+            raise UserError(f"the processes see checkpoints of {everywhere} epochs: --out must be "
+                            "a folder that all machines share")
 
 
 def mean_over_processes(value):
@@ -1617,13 +1773,13 @@ def average_statistics(*networks):
 # ==================================================================================================
 
 
-STAGES = dict(pretrain="stage 1: joint contrastive learning from all images, without labels",
-              finetune="stage 2: mean teacher with a few labels, then the test",
-              evaluate="the test of a finetune.pt once more")
-
+COMMANDS = dict(pretrain="stage 1: joint contrastive learning from all images, without labels",
+                finetune="stage 2: mean teacher with a few labels, then the test",
+                evaluate="the test of a finetune.pt once more",
+                ablate="both stages with each ingredient left out in turn")
 
 # Where the images come from: stage 2 takes it over from stage 1.
-SOURCE = ("root", "cache", "partial", "uncertain")
+SOURCE = ("root", "cache", "partial", "uncertain", "validation")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1656,49 +1812,85 @@ def label_choice(text):
     return value if value < 1 else int(value)
 
 
+# Of each switch: the initials of the subcommands that have it, its group in --help, itself, its
+# value and what it means, in brackets what holds without it; then what argparse must know.
+SHARE, ON = number(float, 0, 1), dict(action="store_true", default=None)
+SWITCHES = (
+    ("pfa", "images", "--data", "NAME", f"{', '.join(RECIPES)} (digits)",
+     dict(choices=list(RECIPES))),
+    ("pfea", "images", "--root", "DIR", "folder of the data (data/NAME)", {}),
+    ("pfea", "images", "--cache", "DIR", "folder for decoded images (that of --root)", {}),
+    ("pfea", "images", "--partial", "", "make do with the images that are there", ON),
+    ("pfea", "images", "--uncertain", "AS",
+     "what CheXpert's open findings count as: zeros, ones (zeros)",
+     dict(choices=["zeros", "ones"])),
+    ("fea", "images", "--validation", "", "test on CheXpert's validation part", ON),
+    ("pfea", "run", "--out", "DIR", "for the results (runs/NAME, or where the checkpoint is)", {}),
+    ("pfa", "run", "--fresh", "", "start over, whatever is in --out", ON),
+    ("pfea", "run", "--device", "NAME", "auto, cpu, cuda, cuda:1 or mps (auto)", {}),
+    ("pfea", "run", "--amp", "", "bfloat16 on CUDA (on)",
+     dict(action=argparse.BooleanOptionalAction)),
+    ("pf", "run", "--seed", "N", "of weights, views and label draw (0)",
+     dict(type=number(int, 0))),
+    ("a", "run", "--seeds", "N", "runs of each row, from seed 0 on (3)", dict(type=number(int, 2))),
+    ("f", "method", "--from", "START",
+     "a pretrain.pt, scratch or imagenet (the newest pretrain.pt)", dict(dest="start")),
+    ("pfa", "method", "--arch", "NAME", "densenet121 or tiny",
+     dict(choices=["densenet121", "tiny"])),
+    ("pa", "method", "--init", "NAME", "random or imagenet weights",
+     dict(choices=["random", "imagenet"])),
+    ("pfa", "method", "--size", "PX", "side of a view in pixels", dict(type=number(int, 16, 4096))),
+    ("fa", "method", "--labels", "L", "share of each class, number of images, or file",
+     dict(type=label_choice)),
+    ("pfa", "method", "--epochs", "N", "passes over the images", dict(type=number(int, 1))),
+    ("pfea", "method", "--batch", "N", "images in a step, of each kind",
+     dict(type=number(int, 2))),
+    ("pf", "method", "--lr", "X", "learning rate in the first epoch",
+     dict(type=number(float, 0))),
+    ("pf", "method", "--teacher-momentum", "A", "share that the teacher keeps of itself",
+     dict(type=SHARE)),
+    ("p", "method", "--keys", "M", "key views of an image", dict(type=number(int, 1))),
+    ("p", "method", "--queue", "K", "negatives, in embeddings", dict(type=number(int, 1))),
+    ("p", "method", "--dim", "D", "numbers in an embedding", dict(type=number(int, 1))),
+    ("p", "method", "--temperature", "T", "divides the cosines of embeddings",
+     dict(type=number(float, 1e-3))),
+    ("p", "method", "--covariance-weight", "LAMBDA", "c in the last epoch; 1 is the exact bound",
+     dict(type=number(float, 0))),
+    ("f", "method", "--consistency", "W", "weight of unlabelled images in the end",
+     dict(type=number(float, 0))),
+)
+
+
 def add_switches(parser, stage):
     """The switches of a subcommand. None has a default here: parse_args sees to that."""
-    def add(switch, text, **keywords):
-        parser.add_argument(switch, help=text, **keywords)
+    groups = {}
+    for stages, group, switch, value, text, keywords in SWITCHES:
+        if stage[0] not in stages:
+            continue
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        # What the recipes say for the smallest set and for the paper's.
+        recipes = [RECIPES[data].get(stage, {}).get(dest(switch)) for data in ("digits", "cxr14")]
+        if None not in recipes and "(" not in text:
+            text += " (digits {}, cxr14 {})".format(*recipes)
+        metavar = dict(metavar=value) if value else {}
+        groups[group].add_argument(switch, help=text, **metavar, **keywords)
 
-    if stage == "evaluate":
-        add("checkpoint", "a finetune.pt (the newest under runs/)", nargs="?")
-    else:
-        add("--data", "data set (digits, or the checkpoint's)", choices=list(RECIPES))
-    add("--root", "folder of the data (data/NAME)", metavar="DIR")
-    add("--cache", "folder for decoded images (--root)", metavar="DIR")
-    add("--partial", "use the images that are there", action="store_true", default=None)
-    add("--uncertain", "what CheXpert's open findings count as (zeros)", choices=["zeros", "ones"])
-    if stage != "pretrain":
-        add("--validation", "test on CheXpert's validation part", action="store_true", default=None)
-    add("--out", "folder for the results (runs/NAME, or the checkpoint's)", metavar="DIR")
-    add("--device", "auto, cpu, cuda, cuda:1, mps (auto)", metavar="NAME")
-    add("--amp", "bfloat16 on CUDA (on)", action=argparse.BooleanOptionalAction)
-    add("--batch", "images in a step, of each kind", type=number(int, 2), metavar="N")
-    if stage == "evaluate":
-        return
-    add("--fresh", "start over, whatever is in --out", action="store_true", default=None)
-    add("--seed", "of weights, views and label draw (0)", type=number(int, 0), metavar="N")
-    add("--arch", "network", choices=["densenet121", "tiny"])
-    add("--size", "side of a view in pixels", type=number(int, 16, 4096), metavar="PX")
-    add("--epochs", "passes over the images", type=number(int, 1), metavar="N")
-    add("--lr", "learning rate at the start", type=number(float, 0), metavar="X")
-    add("--teacher-momentum", "share of itself that the teacher keeps in a step",
-        type=number(float, 0, 1), metavar="A")
-    if stage == "pretrain":
-        add("--init", "weights to start from", choices=["random", "imagenet"])
-        add("--keys", "key views of an image", type=number(int, 1), metavar="M")
-        add("--queue", "negatives", type=number(int, 1), metavar="K")
-        add("--dim", "numbers in an embedding", type=number(int, 1), metavar="D")
-        add("--temperature", "divides similarities", type=number(float, 1e-3), metavar="T")
-        add("--covariance-weight", "in the last epoch", type=number(float, 0), metavar="LAMBDA")
-    else:
-        add("--from", "a pretrain.pt, or scratch, or imagenet (the newest pretrain.pt under runs/)",
-            dest="start", metavar="CHECKPOINT")
-        add("--labels", "share of each class (0.02), number of images (500), or file of names",
-            type=label_choice)
-        add("--consistency", "largest weight of the unlabelled images; 0 leaves them out",
-            type=number(float, 0), metavar="W")
+
+def dest(switch):
+    """The name of a switch in the settings."""
+    return switch[2:].replace("-", "_")
+
+
+def words_for(stage, given):
+    """The given settings {name: value} that a stage has switches for, as words for its command."""
+    words = []
+    for stages, _, switch, *_ in SWITCHES:
+        value = given.get(dest(switch))
+        if stage[0] in stages and value is not None and switch != "--out":
+            words += [switch, str(value)] if not isinstance(value, bool) else [
+                switch if value else switch.replace("--", "--no-")]
+    return words
 
 
 def parse_args(argv=None):
@@ -1709,10 +1901,15 @@ def parse_args(argv=None):
     Returns an argparse.Namespace with all of them. Raises UserError.
     """
     parser = Parser(prog="python s2mts2.py", description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(STAGES))
-    for stage, text in STAGES.items():
-        epilog = "In brackets: defaults. The others are in RECIPES in s2mts2.py, by data set."
-        command = commands.add_parser(stage, help=text, description=text, epilog=epilog)
+    commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(COMMANDS))
+    for stage, text in COMMANDS.items():
+        command = commands.add_parser(
+            stage, help=text, description=text, usage="%(prog)s [switches]",
+            epilog="In brackets: what holds without the switch. finetune takes data, folders, size "
+            "and network from the pretrain.pt it starts from.", formatter_class=lambda prog:
+            argparse.HelpFormatter(prog, max_help_position=30, width=100))
+        if stage == "evaluate":
+            command.add_argument("checkpoint", help="(newest finetune.pt under runs/)", nargs="?")
         add_switches(command, stage)
     given = vars(parser.parse_args(argv))
     if PROCESSES > 1 and given["stage"] != "pretrain":
@@ -1725,10 +1922,18 @@ def parse_args(argv=None):
         path = given.get("checkpoint") or newest("finetune")
         settled |= inherited(path, "finetune") | dict(checkpoint=path)
         return argparse.Namespace(**settled | given)
+    if given["stage"] == "ablate":
+        data = given.get("data", "digits")
+        settled |= dict(data=data, out=f"runs/{data}/ablation", seeds=3) | given
+        settled["switches"] = {stage: words_for(stage, given) for stage in ("pretrain", "finetune")}
+        for stage, words in settled["switches"].items():
+            # What one of its runs would refuse is refused before the first of them.
+            parse_args([stage, *words, *["--from", "scratch"][:2 * (stage == "finetune")]])
+        return argparse.Namespace(**settled)
     settled |= dict(seed=0, fresh=False)
     if given["stage"] == "pretrain":
         data = given.get("data", "digits")
-        settled |= RECIPES[data]["pretrain"]
+        settled |= recipe(data, "pretrain")
     else:
         start = given.get("start") or str(newest("pretrain", given.get("data")))
         if start in ("scratch", "imagenet"):
@@ -1737,17 +1942,26 @@ def parse_args(argv=None):
         else:
             theirs = inherited(start, "pretrain")
             data = given.get("data", theirs["data"])
-            # A size of the user's own holds for both stages; the recipe may have one for each.
-            if theirs["size"] == RECIPES[theirs["data"]]["pretrain"]["size"]:
-                del theirs["size"]
             if data != theirs["data"]:
-                theirs = {name: theirs[name] for name in theirs if name not in SOURCE}
-        settled |= RECIPES[data]["finetune"] | theirs | dict(start=start)
+                theirs = dict(arch=theirs["arch"])
+            # A size of the user's own holds for both stages; the recipe may have one for each.
+            elif theirs["size"] == recipe(data, "pretrain")["size"]:
+                del theirs["size"]
+        settled |= recipe(data, "finetune") | theirs | dict(start=start)
     settled |= dict(data=data) | given
 
-    if settled["batch"] % PROCESSES:
+    if settled["batch"] % PROCESSES or settled["batch"] < 2 * PROCESSES:
         raise UserError(f"--batch {settled['batch']} cannot be shared evenly by {PROCESSES} "
-                        "processes; take a multiple of their number")
+                        "processes; take a multiple of their number, at least twice it")
+    folders = ("cxr14", "chexpert", "isic2018")
+    for switch, sets in (("root", list(RECIPES)[1:]), ("cache", list(RECIPES)[1:]),
+                         ("partial", folders), ("uncertain", ["chexpert"]),
+                         ("validation", ["chexpert"])):
+        if switch in given and data not in sets:
+            raise UserError(f"--{switch} has no meaning for {data}, only for {', '.join(sets)}; "
+                            "leave it out")
+    if PROCESSES > 1 and ":" in settled["device"]:
+        raise UserError("torchrun gives each process a device of its own: use --device cuda or cpu")
     smallest = 32 if settled["arch"] == "densenet121" else 16
     if settled["size"] < smallest:
         raise UserError(f"--size must be at least {smallest} for {settled['arch']}")
@@ -1758,7 +1972,8 @@ def parse_args(argv=None):
 
 def newest(stage, data=None):
     """Path of the newest checkpoint of a stage under runs/, of a data set if one is named."""
-    paths = Path("runs").rglob(f"{stage}.pt")
+    # Those of an ablation are means to its table.
+    paths = [path for path in Path("runs").rglob(f"{stage}.pt") if "ablation" not in path.parts]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         if data in (None, load_checkpoint(path, stage)["settings"]["data"]):
             return path
@@ -1769,18 +1984,23 @@ def newest(stage, data=None):
 def inherited(path, stage):
     """What a command takes over from the checkpoint that it starts from."""
     checkpoint = load_checkpoint(path, stage)
-    settings = {name: checkpoint["settings"][name] for name in ("data", "size", "arch")}
-    return settings | checkpoint["source"] | dict(out=str(Path(path).parent))
+    settings, done = checkpoint["settings"], len(checkpoint["history"])
+    if done < settings["epochs"]:
+        print(f"note: {path} has only {done} of {settings['epochs']} epochs")
+    return ({name: settings[name] for name in ("data", "size", "arch")} | checkpoint["source"]
+            | dict(out=str(Path(path).parent)))
 
 
 def main(argv=None):
     """Run a command. Returns its exit status: 0, 2 if the user can mend it, 130 on Ctrl-C."""
     try:
         args = parse_args(argv)
-        device = choose_device(args.device)
+        choose_device(args.device)
         with alone(args.out or f"runs/{args.data}"):
-            run_command(args, device)
-    except (UserError, torch.OutOfMemoryError) as error:
+            run_command(args)
+    except (UserError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, UserError) and "memory" not in str(error):
+            raise
         advice = "" if isinstance(error, UserError) else ". Try a smaller --batch or --size"
         print("error:", " ".join(str(error).split()) + advice, file=sys.stderr)
         return 2
@@ -1792,10 +2012,12 @@ def main(argv=None):
     return 0
 
 
-def run_command(args, device):
+def run_command(args):
     """Load the data and do what the command says, in one process or in several."""
+    if args.stage == "ablate":
+        return ablate(args)
     if PROCESSES > 1:
-        join_processes(device)
+        join_processes(choose_device(args.device))
         if RANK > 0:
             # One process speaks, and decodes images; the others wait, then find them decoded.
             sys.stdout = open(os.devnull, "w")
@@ -1804,20 +2026,22 @@ def run_command(args, device):
                      args.validation)
     if PROCESSES > 1 and RANK == 0:
         distributed.barrier()
-    dict(pretrain=pretrain, finetune=finetune, evaluate=evaluate_checkpoint)[args.stage](data, args)
+    stages = dict(pretrain=pretrain, finetune=finetune, evaluate=evaluate_checkpoint)
+    return stages[args.stage](data, args)
 
 
 @contextlib.contextmanager
-def alone(out):
-    """Hold a lock for an output folder, so that a second run with the same is told."""
-    name = f"s2mts2-{fingerprint(str(Path(out).resolve()))}.lock"
+def alone(path):
+    """Hold a lock for what is written to path, so that a second run with the same is told."""
+    user = str(os.getuid()) if hasattr(os, "getuid") else ""
+    name = f"s2mts2-{fingerprint(user, str(Path(path).resolve()))}.lock"
     with open(Path(tempfile.gettempdir()) / name, "w") as lock:
         try:
             if fcntl and RANK == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is writing to {out}; wait for its end, or choose another "
-                            "--out") from None
+            raise UserError(f"another run is writing to {path}; wait for its end, or choose "
+                            "another --out") from None
         yield
 
 
@@ -1827,16 +2051,15 @@ def terminate(*_):
 
 
 def evaluate_checkpoint(data, args):
-    """Test the student and the teacher of args.checkpoint again."""
-    state = load_checkpoint(args.checkpoint, "finetune")["state"]
+    """Test the student and the teacher of args.checkpoint again. UserError for other data."""
+    checkpoint = load_checkpoint(args.checkpoint, "finetune")
+    if checkpoint["settings"]["images"] != fingerprint_of(data):
+        raise UserError(f"{args.checkpoint} was trained on other images, labels or another split "
+                        f"than these of {data.name}; name their folder with --root")
     device, networks = choose_device(args.device), []
     for name in ("student", "teacher"):
         network = build_network(args.arch, data.images.shape[1], len(data.classes))
-        try:
-            network.load_state_dict(state[name])
-        except RuntimeError as error:
-            raise UserError(f"{args.checkpoint} does not fit the data in {args.root}: "
-                            f"{str(error).splitlines()[-1].strip()}") from None
+        network.load_state_dict(checkpoint["state"][name])
         networks.append(network.to(device))
     return report(*networks, data, args)
 
