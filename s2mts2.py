@@ -33,9 +33,10 @@ and so it can set the targets for the very student that it is made of.
 How to run it:
 
     a laptop            python s2mts2.py pretrain && python s2mts2.py finetune
-    without the method  python s2mts2.py finetune --from scratch --consistency 0 --out runs/plain
+    each ingredient     python s2mts2.py ablate --seeds 5
     X-rays and a GPU    python s2mts2.py pretrain --data cxr14 --root DIR
                         python s2mts2.py finetune
+    and several GPUs    torchrun --nproc_per_node=4 s2mts2.py pretrain --data cxr14 --root DIR
     test once more      python s2mts2.py evaluate runs/digits/finetune.pt
 
 The paper's letters, the names that they have here, and their shapes:
@@ -58,7 +59,7 @@ Comments say whose decision a line is: [paper], [authors' code] (github.com/FBLA
 choice] where those are silent or wrong, and [plumbing] where it has nothing to do with the method.
 
 Map:  1 data    2 views    3 network and teacher    4 joint contrastive loss    5 stage 1: pretrain
-      6 stage 2: finetune    7 evaluation    -- a first reader can stop there --
+      6 stage 2: finetune    7 evaluation and ablation    -- a first reader can stop there --
       8 other data sets    9 recipes    10 training loop and checkpoints    11 several processes
       12 command line
 """
@@ -792,7 +793,7 @@ def starting_networks(data, args):
 
 
 # ==================================================================================================
-# 7. Evaluation
+# 7. Evaluation, and what each ingredient is worth
 # ==================================================================================================
 
 
@@ -856,6 +857,9 @@ def report(student, teacher, data, args):
     targets, batch = data.targets[data.test], max(args.batch, 64)
     scores = [evaluate(network, data, data.test, args.size, batch)
               for network in (teacher, student)]
+    if not np.isfinite(scores).all():
+        raise UserError("the networks' answers are not finite, training has diverged; start over "
+                        "with --fresh and a smaller --lr")
     result, students = (classification_metrics(targets, each, data.classes, data.multilabel)
                         for each in scores)
     auc, order = result["auc"], sorted(data.classes, key=lambda name: -(result["auc"][name] or 0))
@@ -1568,10 +1572,13 @@ def save_views(data, args):
     seed_everything(args.seed, "views")
     images = torch.from_numpy(data.images[data.train[:8]])
     views = random_views(images.repeat_interleave(1 + args.keys, 0), args.augment, args.size)
-    views = views * channel_values(STD, views) + channel_values(MEAN, views)
-    grid = torchvision.utils.make_grid(views.clamp(0, 1), nrow=1 + args.keys)
-    write_file(output_folder(data, args) / "views.png",
-               lambda file: torchvision.utils.save_image(grid, file, format="png"))
+    views = (views * channel_values(STD, views) + channel_values(MEAN, views)).clamp(0, 1)
+    # Small views are enlarged, pixel by pixel, so that one can see them.
+    views = F.interpolate(views, scale_factor=math.ceil(96 / args.size))
+    grid = torchvision.utils.make_grid(views, nrow=1 + args.keys)
+    path = output_folder(data, args) / "views.png"
+    write_file(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
+    print(f"{path}: an image a row; first the query view, then its {args.keys} key views")
 
 
 def seed_everything(seed, stage, epoch=None):

@@ -6,9 +6,13 @@ import http.server
 import json
 import math
 import os
+import re
+import shlex
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -613,11 +617,15 @@ def test_the_heads_have_the_shapes_of_their_stages():
 def test_imagenet_weights_are_used_and_their_absence_is_explained(monkeypatch):
     torch.manual_seed(3)
     weights = torchvision.models.densenet121().state_dict()
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: dict(weights))
-    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *a, **k: dict(weights))
+    # The published file has older names for the layers of a block: norm.1 for norm1.
+    published = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name): value
+                 for name, value in weights.items() if "num_batches" not in name}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in published
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *a, **k: dict(published))
     network = s2mts2.build_network("densenet121", 1, 14, imagenet=True)
     assert torch.equal(network.features.conv0.weight, weights["features.conv0.weight"].sum(1, keepdim=True))
-    assert torch.equal(network.features.norm5.weight, weights["features.norm5.weight"])
+    weight = "denseblock1.denselayer1.conv1.weight"
+    assert torch.equal(network.features.state_dict()[weight], weights[f"features.{weight}"])
 
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
@@ -798,7 +806,7 @@ def test_both_stages_run_on_data_made_by_hand(channels, multilabel, capsys):
     saved = torch.load("runs/mine/pretrain.pt", weights_only=True)
     assert torch.equal(saved["state"]["teacher"]["features.conv0.weight"], teacher.features.conv0.weight)
     grid = torchvision.io.decode_image("runs/mine/views.png")
-    assert grid.shape[1:] == (8 * 34 + 2, 3 * 34 + 2) and grid.float().std() > 10
+    assert grid.shape[1:] == (8 * 98 + 2, 3 * 98 + 2) and grid.float().std() > 10
     # The student and the teacher have both learnt, and not the same.
     assert not torch.equal(student.features.conv0.weight, teacher.features.conv0.weight)
     # The queue (no longer than the training set) holds the means of the last keys, shorter than 1.
@@ -1215,3 +1223,202 @@ def test_importing_does_nothing_and_ctrl_c_ends_with_130(monkeypatch, capsys):
     assert main(["pretrain", "--fresh", "--seed", "3"]) == 130
     assert capsys.readouterr().err.strip().endswith("go on after the last finished epoch: "
                                                     "python s2mts2.py pretrain --seed 3")
+
+
+# ------------------------------------------------------------------------- nothing lost, nothing wrong
+
+
+QUICK = "pretrain --epochs 3 --batch 64 --size 16".split()
+
+
+def started(*words, **keywords):
+    """The script, running, after its first epoch."""
+    process = subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, **keywords)
+    while process.poll() is None and not Path("runs/digits/pretrain.pt").exists():
+        time.sleep(0.02)
+    return process
+
+
+def without_times(path):
+    return [{key: value for key, value in line.items() if key not in ("seconds", "images_per_second")}
+            for line in lines(path)]
+
+
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_end():
+    assert run_script(*QUICK, "--out", "whole").returncode == 0
+    for wait in (0.0, 0.3, 0.1):
+        process = started(*QUICK, "--epochs", "3")
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+    assert run_script(*QUICK).returncode == 0
+    one, other = (torch.load(f"{out}/pretrain.pt", weights_only=True) for out in ("whole", "runs/digits"))
+    assert equal(one["state"], other["state"])
+    assert without_times("whole/log.jsonl") == without_times("runs/digits/log.jsonl")
+    assert not list(Path().rglob("*.tmp"))
+
+
+def test_sigterm_ends_with_143_and_a_second_run_is_told_of_the_first():
+    process = started(*QUICK, "--epochs", "500")
+    second = run_script(*QUICK)
+    process.terminate()
+    _, error = process.communicate()
+    assert second.returncode == 2 and "error: another run is writing to runs/digits" in second.stderr
+    assert process.returncode == 143 and "Traceback" not in error
+    assert error.strip().endswith(f"python s2mts2.py {shlex.join([*QUICK, '--epochs', '500'])}")
+
+
+def test_on_a_full_disk_the_old_checkpoint_stays_and_there_is_a_message():
+    """A limit on the size of files, below that of a checkpoint, stands for a full disk."""
+    assert run_script(*QUICK).returncode == 0
+    path, more = Path("runs/digits/pretrain.pt"), [*QUICK[:1], "--epochs", "4", *QUICK[3:], "--out", "runs/digits"]
+    saved = torch.load(path, weights_only=True)
+    saved["settings"]["epochs"] = 4
+    torch.save(saved, path)
+    before = path.read_bytes()
+    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); " \
+              f"sys.argv = sys.argv[0:1] + {more!r}; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
+    message, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "cannot write" in message and "make room" in message
+    assert path.read_bytes() == before and "Traceback" not in done.stderr and not list(Path().rglob("*.tmp"))
+    assert run_script(*more).returncode == 0 and len(lines("runs/digits/log.jsonl")) == 4
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda whole, saved: whole[:len(whole) // 2], "broken"),
+    (lambda whole, saved: whole[:len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1:],
+     "broken"),
+    (lambda whole, saved: dict(saved, format=99), "format 99"),
+    (lambda whole, saved: dict(saved, stage="finetune"), "of stage finetune"),
+    (lambda whole, saved: dict(saved, state={}), "broken"),
+    (lambda whole, saved: dict(saved, state=dict(saved["state"], queue=torch.zeros(3, 3))), "other contents"),
+    (lambda whole, saved: dict(saved, settings=dict(saved["settings"], images="others")), "images others there"),
+])
+def test_checkpoints_that_are_not_as_written_are_refused(spoil, words, capsys):
+    data, args = made_by_hand(), parse_args("pretrain --epochs 1 --batch 8 --size 32".split())
+    s2mts2.pretrain(data, args)
+    path = Path("runs/mine/pretrain.pt")
+    spoilt = spoil(path.read_bytes(), torch.load(path, weights_only=True))
+    path.write_bytes(spoilt) if isinstance(spoilt, bytes) else torch.save(spoilt, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=words):
+        s2mts2.pretrain(data, args)
+    assert path.read_bytes() == before
+    s2mts2.pretrain(data, parse_args("pretrain --epochs 1 --batch 8 --size 32 --fresh".split()))
+
+
+def test_a_checkpoint_of_other_images_labels_or_split_is_noticed():
+    data, args = made_by_hand(), parse_args("pretrain --epochs 1 --batch 8 --size 32".split())
+    s2mts2.pretrain(data, args)
+    both = np.concatenate([data.train, data.test])
+    for change in (dict(images=255 - data.images), dict(classes=["c0", "c2", "c1"]), dict(targets=1 - data.targets),
+                   dict(train=both[:-11], test=both[-11:])):
+        with pytest.raises(UserError, match="other settings: .*images"):
+            s2mts2.pretrain(Data(**{**vars(data), **change}), args)
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_kept():
+    command = "finetune --from scratch --epochs 1 --batch 28 --size 32 --labels 28 --lr 1e30"
+    for _ in range(2):
+        with pytest.raises(UserError, match="not finite"):
+            s2mts2.finetune(made_by_hand(), parse_args(command.split()))
+    assert not Path("runs/mine/metrics.json").exists()
+
+
+def test_an_old_count_does_not_vouch_for_new_images(xrays):
+    whole = np.array(s2mts2.load_data("cxr14", xrays, size=32).images)
+    kept = next(xrays.glob("*.npy"))
+    kept.unlink()
+    kept.with_suffix(".count").write_text("12")
+    assert (np.array(s2mts2.load_data("cxr14", xrays, size=32).images) == whole).all() and whole.any(axis=(1, 2, 3)).all()
+
+
+@pytest.mark.parametrize("command", [
+    "pretrain --root x", "pretrain --partial", "pretrain --data cxr14 --uncertain ones", "finetune --from scratch --validation",
+    "ablate --seeds 1", "ablate --lr 3", "ablate --epochs 0", "ablate --size 8", "ablate --arch densenet121 --size 20",
+    "ablate --data mnist", "ablate --labels -1"])
+def test_switches_without_a_meaning_are_refused(command, capsys):
+    assert main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and not list(Path().rglob("*"))
+
+
+# ------------------------------------------------------------------------------------ ablation and text
+
+
+def test_the_ablation_leaves_out_each_ingredient_in_turn(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(s2mts2, "load_data", lambda *arguments: made_by_hand(multilabel=False))
+    pretrain, finetune = s2mts2.pretrain, s2mts2.finetune
+    monkeypatch.setattr(s2mts2, "pretrain", lambda d, a: seen.append((a.stage, a.seed, a.keys)) or pretrain(d, a))
+    monkeypatch.setattr(s2mts2, "finetune", lambda d, a: seen.append(
+        (a.stage, a.seed, Path(a.start).parent.name, a.consistency > 0)) or finetune(d, a))
+    command = "ablate --seeds 2 --epochs 1 --batch 8 --labels 6".split()
+    assert main(command) == 0
+    assert seen[:7] == [("pretrain", 0, 1), ("pretrain", 0, 2), ("finetune", 0, "", False), ("finetune", 0, "", True),
+                        ("finetune", 0, "moco-0", True), ("finetune", 0, "jcl-0", False), ("finetune", 0, "jcl-0", True)]
+    assert [entry[1] for entry in seen[7:]] == [1] * 7
+    out = Path("runs/digits/ablation")
+    table = json.loads((out / "ablation.json").read_text())
+    assert list(table) == list(s2mts2.ABLATION)
+    assert table["jcl + mean teacher"]["accuracy"][1] == json.loads(
+        (out / "jcl-mean-teacher-1/metrics.json").read_text())["accuracy"]
+    for seed in "01":
+        assert len({path.read_text() for path in out.glob(f"*-{seed}/labelled.txt")}) == 1
+    printed = capsys.readouterr().out
+    assert "jcl + mean teacher" in printed and " +- " in printed and "covariance_weight 0.0" in printed
+    # Once more: nothing is trained again, and the table is the same.
+    monkeypatch.setattr(s2mts2, "ema_update", None)
+    assert main(command) == 0 and json.loads((out / "ablation.json").read_text()) == table
+    # finetune does not start from the ablation's by mistake.
+    with pytest.raises(UserError, match="first run"):
+        parse_args(["finetune"])
+
+
+@pytest.mark.parametrize("stage", list(s2mts2.COMMANDS))
+def test_every_switch_is_read_and_explained_on_one_screen(stage, capsys):
+    with pytest.raises(SystemExit):
+        main([stage, "--help"])
+    text = capsys.readouterr().out
+    assert text.count("\n") <= 40 and max(map(len, text.splitlines())) <= 100
+    source = SCRIPT.read_text()
+    for stages, _, switch, _, words, keywords in s2mts2.SWITCHES:
+        if stage[0] in stages:
+            name = keywords.get("dest", switch[2:].replace("-", "_"))
+            assert f"{switch} " in text or f"{switch}," in text
+            # fresh, seeds and the rest as args.NAME; those of the data through SOURCE as well.
+            assert f"args.{name}" in source, name
+    for stage, recipe in s2mts2.RECIPES["digits"].items():
+        assert s2mts2.RECIPES["cxr14"][stage].keys() == recipe.keys()
+
+
+def readme(mark):
+    """The indented commands of the README that begin with mark, without what follows them."""
+    text = (SCRIPT.parent / "README.md").read_text()
+    return [line[4:].split("   ")[0] for line in text.splitlines() if line.startswith(f"    {mark}")]
+
+
+def test_the_commands_of_the_readme_run():
+    """All that need no download and no GPU, with an epoch each; they come in an order in which they work."""
+    commands = [line for line in readme("python s2mts2.py") if not re.search("--data|--help|--root|FILE", line)]
+    assert len(commands) >= 8
+    assert main(["pretrain", "--epochs", "1"]) == 0
+    for command in commands:
+        for one in command.split(" && "):
+            words = shlex.split(one.removeprefix("python s2mts2.py "))
+            if words[0] == "ablate":
+                words += ["--seeds", "2", "--size", "16"]
+            if words[0] != "evaluate":
+                words += ["--epochs", "1", "--fresh"]
+            assert main(words) == 0, one
+
+
+def test_the_example_for_notebooks_runs():
+    text = (SCRIPT.parent / "README.md").read_text()
+    start = text.index("    import numpy as np, s2mts2")
+    code = text[start:].split("\n\n")[0]
+    exec("\n".join(line[4:] for line in code.splitlines()), {})
+    assert Path("runs/mine/metrics.json").exists()
+    assert main(["finetune"]) == 2
