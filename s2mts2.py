@@ -311,14 +311,6 @@ def random_views(images, augment, size):
     def sometimes(probability):
         return (torch.rand(count, device=device) < probability).float()
 
-    def rectangle(smallest, largest, ratio):
-        # Left, top, width and height in shares of the image. Area and sides' ratio are drawn as in
-        # torchvision; a side longer than the image is cut to it, where torchvision draws again.
-        # [our choice]
-        area, ratio = uniform(smallest, largest), torch.exp(uniform(-1, 1) * math.log(ratio))
-        width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-        return uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height), width, height
-
     # [our choice] The crop is taken from the resized image, so that the views of a batch are of one
     # shape from the start; torchvision crops at full resolution, which shows finer detail.
     if images.shape[-2:] != (size, size):
@@ -326,7 +318,7 @@ def random_views(images, augment, size):
 
     if any(augment[name] for name in ("centre", "crop", "rotate", "flip_p", "vertical_flip_p")):
         ratio = 4 / 3 if augment["crop"] else 1
-        left, top, width, height = rectangle(1 - augment["crop"], 1, ratio)
+        left, top, width, height = rectangle(uniform, 1 - augment["crop"], 1, ratio)
         kept = 1 - augment["centre"]
         left, width = (1 - kept) / 2 + kept * left, kept * width
         angle = uniform(-1, 1) * augment["rotate"] * sometimes(augment["rotate_p"])
@@ -351,9 +343,22 @@ def random_views(images, augment, size):
 
     if augment["erase_p"]:
         # The colour of the hole is 0, by now the mean grey.
-        left, top, width, height = rectangle(0.02, 0.33, 3.3)
+        left, top, width, height = rectangle(uniform, 0.02, 0.33, 3.3)
         images = erase(images, left, top, width * sometimes(augment["erase_p"]), height)
     return images
+
+
+def rectangle(uniform, smallest, largest, ratio):
+    """Random rectangles: left, top, width and height [N], in shares of the image.
+
+    uniform            (low, high) -> N random numbers
+    smallest, largest  area, in shares of the image's    ratio  of the sides, from 1 / ratio to this
+    As in torchvision; but a side longer than the image is cut to it, where torchvision draws again,
+    and its smallest ratio for erasing is .3 instead of 1 / 3.3. [our choice]
+    """
+    area, ratio = uniform(smallest, largest), torch.exp(uniform(-1, 1) * math.log(ratio))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    return uniform(0, 1) * (1 - width), uniform(0, 1) * (1 - height), width, height
 
 
 def channel_values(values, images):
@@ -704,8 +709,7 @@ def finetune(data, args):
     consistent = args.consistency > 0 and len(unlabelled) > 0
 
     def one_epoch(epoch):
-        # In the first epoch the teacher's classifier knows nothing worth agreeing with, so w is 0;
-        # then it grows. [authors' code]
+        # While the teacher's classifier knows nothing w is 0, then it grows. [authors' code]
         weight = args.consistency * epoch / args.epochs
         orders = [shuffled(indices, steps * args.batch).view(steps, args.batch)
                   for indices in ([labelled, unlabelled] if consistent else [labelled])]
@@ -729,9 +733,8 @@ def finetune(data, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # A long memory would hold on to the untrained classifier for hundreds of steps. So
-            # begin with the plain average of the start and all states since, whose momentum after
-            # n steps is 1 - 1 / (n + 1). [our choice]
+            # A long memory would keep the untrained classifier for hundreds of steps. So begin
+            # with the plain average of all states: 1 - 1 / (n + 1) after n steps. [our choice]
             done = epoch * steps + step + 1
             ema_update(teacher, student, min(1 - 1 / (done + 1), args.teacher_momentum))
             yield loss
@@ -1927,8 +1930,9 @@ def parse_args(argv=None):
 
     if given["stage"] == "evaluate":
         path = given.get("checkpoint") or newest("finetune")
-        settled |= inherited(path, "finetune") | dict(checkpoint=path)
-        return argparse.Namespace(**settled | given)
+        settled |= inherited(path, "finetune") | dict(checkpoint=path) | given
+        check_settings(settled, given)
+        return argparse.Namespace(**settled)
     if given["stage"] == "ablate":
         data = given.get("data", "digits")
         settled |= dict(data=data, out=f"runs/{data}/ablation", seeds=3) | given
@@ -1957,6 +1961,12 @@ def parse_args(argv=None):
         settled |= recipe(data, "finetune") | theirs | dict(start=start)
     settled |= dict(data=data) | given
 
+    check_settings(settled, given)
+    return argparse.Namespace(**settled)
+
+
+def check_settings(settled, given):
+    """Raise UserError for settings that do not go together; given are those on the command line."""
     if settled["batch"] % PROCESSES or settled["batch"] < 2 * PROCESSES:
         raise UserError(f"--batch {settled['batch']} cannot be shared evenly by {PROCESSES} "
                         "processes; take a multiple of their number, at least twice it")
@@ -1964,9 +1974,9 @@ def parse_args(argv=None):
     for switch, sets in (("root", list(RECIPES)[1:]), ("cache", list(RECIPES)[1:]),
                          ("partial", folders), ("uncertain", ["chexpert"]),
                          ("validation", ["chexpert"])):
-        if switch in given and data not in sets:
-            raise UserError(f"--{switch} has no meaning for {data}, only for {', '.join(sets)}; "
-                            "leave it out")
+        if switch in given and settled["data"] not in sets:
+            raise UserError(f"--{switch} has no meaning for {settled['data']}, only for "
+                            f"{', '.join(sets)}; leave it out")
     if PROCESSES > 1 and ":" in settled["device"]:
         raise UserError("torchrun gives each process a device of its own: use --device cuda or cpu")
     smallest = 32 if settled["arch"] == "densenet121" else 16
@@ -1974,7 +1984,6 @@ def parse_args(argv=None):
         raise UserError(f"--size must be at least {smallest} for {settled['arch']}")
     if settled["arch"] == "tiny" and "imagenet" in (settled.get("init"), settled.get("start")):
         raise UserError("there are no ImageNet weights for --arch tiny; use densenet121")
-    return argparse.Namespace(**settled)
 
 
 def newest(stage, data=None):
