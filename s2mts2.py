@@ -1979,6 +1979,10 @@ def check_settings(settled, given):
                             f"{', '.join(sets)}; leave it out")
     if PROCESSES > 1 and ":" in settled["device"]:
         raise UserError("torchrun gives each process a device of its own: use --device cuda or cpu")
+    labels = settled.get("labels")
+    if isinstance(labels, str) and not os.path.isfile(labels):
+        raise UserError(f"--labels {labels}: there is no such file; give a share below 1, a number "
+                        "of images, or a file with one image name a line")
     smallest = 32 if settled["arch"] == "densenet121" else 16
     if settled["size"] < smallest:
         raise UserError(f"--size must be at least {smallest} for {settled['arch']}")
