@@ -207,9 +207,10 @@ def choose_labelled(data, labels, seed):
     Returns int64 indices, ascending. Raises UserError when a number or file does not fit the data.
 
     [authors' code] Of each class draw the given share of its images, at least one; their union is
-    the labelled set. A share of the whole would leave rare findings without one example: Hernia is
-    on 1 chest X-ray in 500. Images without a finding form a class of their own, "No Finding".
-    [our choice] A number instead of a share is met exactly, in the same proportions.
+    the labelled set. A share of the whole could leave a rare finding with hardly any example, or
+    none: Hernia is on 1 chest X-ray in 500. Images without a finding form a class of their own,
+    "No Finding".
+    [our choice] A number instead of a share is met exactly, in nearly the same proportions.
     """
     if isinstance(labels, (str, os.PathLike)):
         row = {data.names[index]: index for index in data.train}
@@ -502,8 +503,8 @@ def make_teacher(student):
     weights produced in the past and not what the teacher's averaged weights produce now: tried on
     digits, stage 1 then does not learn, its loss stuck near log(K + 1), the loss of guessing.
     Evaluation does need running statistics. They follow the student's in ema_update, like weights,
-    and must not also be moved by the teacher's own passes, as in the authors' code. That is what
-    track_running_stats=False means to a BatchNorm that has them already.
+    and must not also be moved by the teacher's own passes, as they are in the authors' code.
+    [our choice] To a BatchNorm that has them already, track_running_stats=False means just that.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
@@ -560,8 +561,10 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     So the mean over infinitely many keys is at most, with c = 1,
         L = log( e^(q.mu/t + c q'Sq/(2 t^2)) + sum_j e^(q.n_j/t) ) - q.mu/t.
 
-    What the covariance term does: q'Sq is large when the views of an image still disagree in the
-    direction of its query, and the loss falls when they agree.
+    A larger c gives a looser bound, a smaller one is not sure to be a bound; and unit vectors are
+    Gaussian only nearly. What the covariance term does: q'Sq is large where the keys of an image
+    still disagree in the direction of its query. The keys have no gradient, so it turns the query
+    towards directions in which they agree.
 
     How it is computed: S is the mean over the M keys of (k - mu)(k - mu)', so q'Sq is the mean of
     (q.k - q.mu)^2, which is nothing but the variance of the M numbers q.k. The N x M similarities
@@ -580,12 +583,14 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # ==================================================================================================
 
 # What stage 1 asks of the student: look at one view of an image, and pick its teacher's answer to
-# other views of that image out of K answers to other images. Nothing but the images is needed.
+# other views of that image out of K earlier answers, nearly all to other images. Nothing but the
+# images is needed.
 #
 # The negatives. To tell one's own key from a handful of others is easy and teaches little; it takes
-# thousands, more than fit in a batch. So the teacher's answers to the last K images are kept, in a
-# queue, and used again: a slow teacher would hardly answer otherwise now. A fast one would, and the
-# student could tell the old answers by their age; hence a momentum near 1.
+# many more than fit in a batch: 65,536 for X-rays, 512 for the digits. So the teacher's answers to
+# the last K images are kept, in a queue, and used again: a slow teacher would hardly answer
+# otherwise now. A fast one would, and the student could tell the old answers by their age; hence a
+# momentum near 1.
 #
 # What BatchNorm could leak. It normalises an image with the statistics of its batch, so that an
 # embedding carries a trace of its neighbours. Where a query and its keys are computed among the
@@ -671,14 +676,14 @@ def enqueue(queue, means, first):
 # 6. Stage 2: finetune
 # ==================================================================================================
 
-# A few labels say what the classes are; all other images say where one class can turn into another.
+# A few labels say what the classes are; all other images show where an answer must not change.
 # The student learns from the labels, and beside that to answer like the teacher on unlabelled
 # images. It sees another view than the teacher, so to agree it must overlook what the views change.
 # The teacher is the better judge because it averages the student over many steps, each of which
 # erred in another direction; for the same reason the teacher is the network that is tested.
 #
-# An epoch shows each unlabelled image once. The labelled ones are few and come round many times.
-# Without unlabelled images the steps are as many, so that runs can be compared. [our choice]
+# An epoch shows each unlabelled image about once. The labelled ones are few and come round many
+# times. Without unlabelled images the steps are as many, so that runs can be compared. [our choice]
 
 
 def finetune(data, args):
@@ -759,7 +764,7 @@ def consistency_loss(student_logits, teacher_logits, multilabel):
 
     It takes no label to know that two views of an image deserve one answer. The teacher's serves as
     target, being the steadier. Probabilities are compared, not logits: whether a "no" is firm or
-    very firm must not matter.
+    very firm should hardly matter.
     """
     return F.mse_loss(probabilities(student_logits, multilabel),
                       probabilities(teacher_logits, multilabel))
@@ -853,8 +858,8 @@ def report(student, teacher, data, args):
 
     Leaves metrics.json and predictions.csv in the output folder.
 
-    The result is the teacher's after the last epoch. The test images have chosen nothing: no epoch,
-    no network, no setting. The student is there to compare.
+    The result is the teacher's after the last epoch. Nothing here chooses by the test images, no
+    epoch and no network; the settings that are the authors' may have been chosen so.
     Returns the dict in metrics.json: classification_metrics, and the student's under "student".
     """
     targets, batch = data.targets[data.test], max(args.batch, 64)
@@ -1358,7 +1363,8 @@ RECIPES = dict(
                       augment=dict(AUTHORS_FINETUNE["augment"], rotate=10.0, jitter=0.4, hue=0.4,
                                    jitter_p=0.8))),
     # [authors' code] but for the vertical flip: a lesion has no upper end. [our choice] The
-    # photographs are 4:3, kept as squares; their middle 3/4 have the right proportions again.
+    # photographs are 4:3, kept as squares; stage 1 takes their middle 3/4, of the right
+    # proportions; stage 2 and the test see them whole.
     isic2018=dict(
         pretrain=dict(AUTHORS_PRETRAIN, size=224, keys=5,
                       augment=dict(AUTHORS_PRETRAIN["augment"], centre=0.25, crop=0.0, rotate_p=1.0,
@@ -1864,7 +1870,7 @@ SWITCHES = (
     ("p", "method", "--dim", "D", "numbers in an embedding", dict(type=number(int, 1))),
     ("p", "method", "--temperature", "T", "divides the cosines of embeddings",
      dict(type=number(float, 1e-3))),
-    ("p", "method", "--covariance-weight", "LAMBDA", "c in the last epoch; 1 is the exact bound",
+    ("p", "method", "--covariance-weight", "LAMBDA", "c in the last epoch, 1 is that of the bound",
      dict(type=number(float, 0))),
     ("f", "method", "--consistency", "W", "weight of unlabelled images in the end",
      dict(type=number(float, 0))),
