@@ -502,9 +502,10 @@ def make_teacher(student):
     other way, evaluation mode with running statistics, would describe what the student's fast
     weights produced in the past and not what the teacher's averaged weights produce now: tried on
     digits, stage 1 then does not learn, its loss stuck near log(K + 1), the loss of guessing.
-    Evaluation does need running statistics. They follow the student's in ema_update, like weights,
-    and must not also be moved by the teacher's own passes, as they are in the authors' code.
-    [our choice] To a BatchNorm that has them already, track_running_stats=False means just that.
+    Evaluation does need running statistics, and at the end of training they do fit, as the table
+    of report shows. They follow the student's in ema_update, like weights, and must not also be
+    moved by the teacher's own passes, as they are in the authors' code. [our choice] To a BatchNorm
+    that has them already, track_running_stats=False means just that.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
@@ -546,7 +547,7 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     keys               float [N, M, D], unit length, without gradient
     queue              float [K, D], the negatives, without gradient
     temperature        float > 0
-    covariance_weight  float >= 0: 1 is the exact bound; 0 with M = 1 is MoCo's InfoNCE
+    covariance_weight  float >= 0: c below; 0 with M = 1 is MoCo's InfoNCE
     Returns a scalar, the mean over the N images. It is the loss of JCL (arXiv 2009.14776). [paper]
 
     InfoNCE asks which of 1 + K keys is of the query's own image. It is a cross-entropy,
@@ -597,7 +598,7 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # same few neighbours, the trace tells them and nothing need be learnt from the image. With several
 # processes the keys are therefore computed among other neighbours (orders_of_processes). Within one
 # batch no shuffling helps, as its statistics are the same in any order; but then the negatives in
-# the queue come from many batches and the batch is large, which makes the trace weak.
+# the queue come from many batches, and the larger the batch the weaker is the trace.
 
 
 def pretrain(data, args):
@@ -616,8 +617,8 @@ def pretrain(data, args):
     teacher = make_teacher(student)
 
     # Random directions fill the queue until real keys have come. [authors' code] It is never longer
-    # than the training set, or most images would meet older answers to themselves among the
-    # negatives. [our choice]
+    # than the training set: at that length about half the images meet an older answer to themselves
+    # among the negatives, and a longer queue would make it most of them. [our choice]
     length = min(args.queue, len(data.train))
     if length < args.queue:
         print(f"queue cut from {args.queue} to {length}, the number of training images")
@@ -908,9 +909,9 @@ def ablate(args):
 
     args  from parse_args(["ablate", ...])
     In every row a seed has the same labels. Each run is a command of its own, shown so that it can
-    be typed, with a folder of its own in args.out; those that have finished are not run again.
-    Returns the dict in ablation.json, {row: {metric: [of each seed]}}; the metrics are the
-    teacher's.
+    be typed, with a folder of its own in args.out; those that have finished are only tested again.
+    Returns the dict in ablation.json, {row: {metric: [of each seed]}}. The metrics are the averaged
+    teacher's in every row, also where it sets no targets.
     """
     def run(stage, name, seed, switches):
         out = Path(args.out) / f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}"
@@ -1872,7 +1873,7 @@ SWITCHES = (
      dict(type=number(float, 1e-3))),
     ("p", "method", "--covariance-weight", "LAMBDA", "c in the last epoch, 1 is that of the bound",
      dict(type=number(float, 0))),
-    ("f", "method", "--consistency", "W", "weight of unlabelled images in the end",
+    ("f", "method", "--consistency", "W", "the unlabelled images' weight grows towards it",
      dict(type=number(float, 0))),
 )
 
@@ -2024,8 +2025,10 @@ def main(argv=None):
         choose_device(args.device)
         with alone(args.out or f"runs/{args.data}"):
             run_command(args)
-    except (UserError, MemoryError, RuntimeError) as error:
-        if not isinstance(error, UserError) and "memory" not in str(error):
+    except (UserError, RuntimeError) as error:
+        # Only too little memory is the user's to mend: torch says so in these words.
+        no_room = ("out of memory", "allocate memory")
+        if not isinstance(error, UserError) and not any(text in str(error) for text in no_room):
             raise
         advice = "" if isinstance(error, UserError) else ". Try a smaller --batch or --size"
         print("error:", " ".join(str(error).split()) + advice, file=sys.stderr)

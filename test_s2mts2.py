@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -512,7 +511,7 @@ def test_brightness_contrast_and_saturation_agree_with_torchvision():
 
 def test_hue_turns_colours_and_keeps_grey_levels():
     images = photo() * 0.2 + 0.4
-    one, zero = torch.ones(3), torch.zeros(3)
+    one = torch.ones(3)
     assert torch.allclose(s2mts2.jitter_colours(images, one, one, one, one), images, atol=1e-3)
     turned = s2mts2.jitter_colours(images, one, one, one, one * 0.5)
     assert (turned - images).abs().max() > 0.05
@@ -566,6 +565,13 @@ def test_each_strength_changes_its_share_of_the_views(strength, share):
     views = s2mts2.random_views(copies, dict(PLAIN, **strength), 24)
     changed = ((views - plain).abs().flatten(1).amax(1) > 1e-3).float().mean()
     assert abs(changed - share) < 0.1
+
+
+def test_brightness_and_hue_change_the_same_views():
+    copies = photo(1, 3, 16).expand(600, -1, -1, -1)
+    views = s2mts2.random_views(copies, dict(PLAIN, jitter=0.4, hue=0.4, jitter_p=0.5), 16)
+    changed = ((views - s2mts2.random_views(copies, PLAIN, 16)).abs().flatten(1).amax(1) > 1e-3).float().mean()
+    assert abs(changed - 0.5) < 0.1
 
 
 def test_crops_keep_the_share_of_the_area_that_they_should(monkeypatch):
@@ -876,7 +882,6 @@ def test_the_weights_of_the_terms_grow_with_the_epochs(monkeypatch):
 def test_stage_2_shows_labelled_and_unlabelled_in_the_right_place(monkeypatch):
     data = made_by_hand(count=30)
     data.images[...] = np.arange(30, dtype=np.uint8).reshape(-1, 1, 1, 1) * 8
-    seen = dict(labelled=[], unlabelled=[])
     views, kinds = s2mts2.random_views, []
 
     def spy(images, augment, size):
@@ -1232,10 +1237,12 @@ QUICK = "pretrain --epochs 3 --batch 64 --size 16".split()
 
 
 def started(*words, **keywords):
-    """The script, running, after its first epoch."""
+    """The script, running, when it has written its first checkpoint."""
+    path = Path("runs/digits/pretrain.pt")
+    before = path.stat().st_mtime_ns if path.exists() else None
     process = subprocess.Popen([sys.executable, SCRIPT, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, **keywords)
-    while process.poll() is None and not Path("runs/digits/pretrain.pt").exists():
+    while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
         time.sleep(0.02)
     return process
 
@@ -1245,17 +1252,19 @@ def without_times(path):
             for line in lines(path)]
 
 
-def test_killed_at_any_moment_a_run_goes_on_to_the_same_end():
-    assert run_script(*QUICK, "--out", "whole").returncode == 0
-    for wait in (0.0, 0.3, 0.1):
-        process = started(*QUICK, "--epochs", "3")
+def test_killed_after_each_epoch_a_run_goes_on_to_the_same_end():
+    command = [*QUICK, "--epochs", "4"]
+    assert run_script(*command, "--out", "whole").returncode == 0
+    for wait in (0.0, 0.2, 0.1):
+        process = started(*command)
         time.sleep(wait)
         process.kill()
         process.communicate()
-    assert run_script(*QUICK).returncode == 0
+    assert run_script(*command).returncode == 0
     one, other = (torch.load(f"{out}/pretrain.pt", weights_only=True) for out in ("whole", "runs/digits"))
     assert equal(one["state"], other["state"])
     assert without_times("whole/log.jsonl") == without_times("runs/digits/log.jsonl")
+    assert [line["epoch"] for line in lines("runs/digits/log.jsonl")] == [0, 1, 2, 3]
     assert not list(Path().rglob("*.tmp"))
 
 
@@ -1319,6 +1328,13 @@ def test_a_checkpoint_of_other_images_labels_or_split_is_noticed():
             s2mts2.pretrain(Data(**{**vars(data), **change}), args)
 
 
+def test_a_fingerprint_tells_where_one_part_ends():
+    numbers = np.arange(9)
+    parts = [("ab", "c"), ("a", "bc"), (numbers[:4], numbers[4:]), (numbers[:5], numbers[5:]), (numbers,),
+             (numbers.reshape(3, 3),), (numbers.astype(np.float64),)]
+    assert len({s2mts2.fingerprint(*each) for each in parts}) == len(parts)
+
+
 def test_weights_that_diverge_in_the_last_step_are_not_kept():
     command = "finetune --from scratch --epochs 1 --batch 28 --size 32 --labels 28 --lr 1e30"
     for _ in range(2):
@@ -1327,12 +1343,53 @@ def test_weights_that_diverge_in_the_last_step_are_not_kept():
     assert not Path("runs/mine/metrics.json").exists()
 
 
-def test_an_old_count_does_not_vouch_for_new_images(xrays):
+def test_an_old_count_does_not_vouch_for_new_images(xrays, monkeypatch):
+    """Left behind by a build that was killed, then met by another that stops before its first note."""
     whole = np.array(s2mts2.load_data("cxr14", xrays, size=32).images)
     kept = next(xrays.glob("*.npy"))
     kept.unlink()
     kept.with_suffix(".count").write_text("12")
-    assert (np.array(s2mts2.load_data("cxr14", xrays, size=32).images) == whole).all() and whole.any(axis=(1, 2, 3)).all()
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torchvision.io, "decode_image", interrupt)
+        s2mts2.load_data("cxr14", xrays, size=32)
+    assert (np.array(s2mts2.load_data("cxr14", xrays, size=32).images) == whole).all()
+
+
+def test_two_builds_of_one_cache_at_once_are_refused(xrays):
+    s2mts2.load_data("cxr14", xrays, size=32)
+    kept = next(xrays.glob("*.npy"))
+    kept.unlink()
+    with s2mts2.alone(kept), pytest.raises(UserError, match="another run"):
+        s2mts2.load_data("cxr14", xrays, size=32)
+    assert not list(xrays.glob("*px-*"))
+
+
+def test_evaluate_refuses_other_data_than_the_checkpoints():
+    data = made_by_hand()
+    s2mts2.finetune(data, parse_args("finetune --from scratch --epochs 1 --batch 8 --labels 6 --size 32".split()))
+    args = parse_args(["evaluate"])
+    assert s2mts2.evaluate_checkpoint(data, args) == json.loads(Path("runs/mine/metrics.json").read_text())
+    both = np.concatenate([data.train, data.test])
+    for change in (dict(images=255 - data.images), dict(train=both[:-11], test=both[-11:])):
+        with pytest.raises(UserError, match="trained on other images"):
+            s2mts2.evaluate_checkpoint(Data(**{**vars(data), **change}), args)
+
+
+def test_only_a_lack_of_memory_is_the_users_to_mend(monkeypatch, capsys):
+    def failing(message):
+        def pretrain(data, args):
+            raise RuntimeError(message)
+        monkeypatch.setattr(s2mts2, "pretrain", pretrain)
+
+    failing("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    assert main(["pretrain"]) == 2 and "smaller --batch" in capsys.readouterr().err
+    failing("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError):
+        main(["pretrain"])
 
 
 @pytest.mark.parametrize("command", [
