@@ -22,11 +22,11 @@ and so it can set the targets for the very student that it is made of.
 
     Stage 2, finetune: the same two networks with a classifier, 2 % of the labels.
 
-        labelled image ----> student --> p ---- cross-entropy with the label ----+
-                                                                                 +--> trains the
-        unlabelled image --> student --> p --+                                   |    student
-                 |                           +-- mean squared difference, x w ---+
-                 +---------> teacher --> p' -+
+        labelled image --> a view --> student --> p -- cross-entropy with its label --+
+                                                                                      +--> trains
+        unlabelled image > view 1 --> student --> p --+                               |    the
+                 |                                    +-- mean squared difference ----+    student
+                 +-------> view 2 --> teacher --> p' -+           times w
 
     After every step the teacher moves a little towards the student. At the end it is tested.
 
@@ -155,7 +155,7 @@ class Data:
 
 
 def load_data(name, root=None, size=None, cache=None, uncertain="zeros", partial=False,
-              validation=False):
+              validation=False, check=None):
     """Load a data set by its name, a row of RECIPES. Returns a Data.
 
     root        folder of the data; data/<name> unless given
@@ -165,21 +165,27 @@ def load_data(name, root=None, size=None, cache=None, uncertain="zeros", partial
     uncertain   "zeros" or "ones": what a finding counts as that the report leaves open (CheXpert)
     partial     bool: make do with the images that are there
     validation  bool: test on the validation part instead (CheXpert)
+    check       function that may refuse the Data before its images, black as yet, are decoded
     Raises UserError when files are missing, broken or contradict each other.
     """
     root = Path(root or f"data/{name}")
     size = size or recipe(name, "pretrain")["size"]
     if name == "digits":
         return load_digits()
-    if name == "cxr14":
-        return load_cxr14(root, size, cache, partial)
-    if name == "chexpert":
-        return load_chexpert(root, size, cache, partial, uncertain, validation)
-    if name == "isic2018":
-        return load_isic2018(root, size, cache, partial)
     if name in MEDMNIST:
         return load_medmnist(name, root, size, cache)
-    raise UserError(f"there is no data set {name!r}; choose from {', '.join(RECIPES)}")
+    if name == "cxr14":
+        data, files = load_cxr14(root, size, partial)
+    elif name == "chexpert":
+        data, files = load_chexpert(root, size, partial, uncertain, validation)
+    elif name == "isic2018":
+        data, files = load_isic2018(root, size, partial)
+    else:
+        raise UserError(f"there is no data set {name!r}; choose from {', '.join(RECIPES)}")
+    if check:
+        check(data)
+    data.images = decode_images(files, size, data.images.shape[1], cache or root)
+    return data
 
 
 def load_digits():
@@ -498,6 +504,12 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
 def make_teacher(student):
     """A copy of the student that no gradient reaches; only ema_update changes it.
 
+    With a gradient it would no longer be the judge. To lower a loss that asks two networks to
+    agree, it could move towards the student's answer as well as the student towards its own: the
+    two would meet where it is easiest, at an answer that says little about the image, and the
+    average, steady because it only follows, would be gone. It also saves the backward pass of M of
+    the M + 1 views.
+
     Its BatchNorm layers, while training, normalise with the statistics of the batch at hand. The
     other way, evaluation mode with running statistics, would describe what the student's fast
     weights produced in the past and not what the teacher's averaged weights produce now: tried on
@@ -610,7 +622,7 @@ def pretrain(data, args):
     Raises UserError when args and data do not fit together.
     """
     device = choose_device(args.device)
-    check_batch(data, args)
+    check_fit(data, args)
     seed_everything(args.seed, "pretrain")
     imagenet = args.init == "imagenet"
     student = build_network(args.arch, data.images.shape[1], args.dim, "mlp", imagenet).to(device)
@@ -697,8 +709,7 @@ def finetune(data, args):
     Raises UserError when args and data do not fit together.
     """
     device = choose_device(args.device)
-    check_batch(data, args)
-    labelled = choose_labelled(data, args.labels, args.seed)
+    labelled = check_fit(data, args)
     unlabelled = np.setdiff1d(data.train, labelled)
     seed_everything(args.seed, "finetune")
     student, teacher = (network.to(device) for network in starting_networks(data, args))
@@ -715,7 +726,8 @@ def finetune(data, args):
     consistent = args.consistency > 0 and len(unlabelled) > 0
 
     def one_epoch(epoch):
-        # While the teacher's classifier knows nothing w is 0, then it grows. [authors' code]
+        # While the teacher's classifier knows nothing w is 0, then it grows, in the last epoch to
+        # (epochs - 1) / epochs of its full value; in a single epoch it stays 0. [authors' code]
         weight = args.consistency * epoch / args.epochs
         orders = [shuffled(indices, steps * args.batch).view(steps, args.batch)
                   for indices in ([labelled, unlabelled] if consistent else [labelled])]
@@ -957,8 +969,11 @@ CXR14_HELP = ("--root must name a folder with Data_Entry_2017.csv (or Data_Entry
               "data/*.png; all of them come from https://nihcc.app.box.com/v/ChestXray-NIHCC")
 
 
-def load_cxr14(root, size, cache, partial):
-    """NIH Chest X-ray14: 14 findings, the official lists of training and test images."""
+def load_cxr14(root, size, partial):
+    """NIH Chest X-ray14: 14 findings, the official lists of training and test images.
+
+    Returns a Data whose images are still black, and their files {name: path}.
+    """
     table = first_that_exists(CXR14_HELP, root / "Data_Entry_2017_v2020.csv",
                               root / "Data_Entry_2017.csv")
     lists = [first_that_exists(CXR14_HELP, root / name)
@@ -972,16 +987,17 @@ def load_cxr14(root, size, cache, partial):
         if len(row) < 2 or row[0] in findings:
             raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
         findings[row[0]] = row[1]
-    # The few hundred combinations that occur are taken apart once each.
-    target = {}
+    # The few hundred combinations that occur are taken apart once each: text -> row of targets.
+    combination, targets = {}, []
     for image, text in findings.items():
-        if text not in target:
+        if text not in combination:
             found = text.split("|") if text != "No Finding" else []
             unknown = [finding for finding in found if finding not in CXR14_CLASSES]
             if unknown:
                 raise UserError(f"{table}: unknown label {unknown[0]!r} of image {image}; "
                                 f"known are No Finding, {', '.join(CXR14_CLASSES)}")
-            target[text] = [finding in found for finding in CXR14_CLASSES]
+            combination[text] = len(targets)
+            targets.append([finding in found for finding in CXR14_CLASSES])
 
     # Texts, not Paths: of those, 112,120 would take a second to make.
     paths = {name: f"{folder}/{name}" for folder in map(str, folders) if os.path.isdir(folder)
@@ -1001,9 +1017,10 @@ def load_cxr14(root, size, cache, partial):
               "images are then not new to the networks")
     files, train = those_there(files, partial), set(train)
     part = np.array([name in train for name in files], bool)
-    return Data("cxr14", decode_images(files, size, 1, cache or root),
-                [target[findings[name]] for name in files], CXR14_CLASSES, list(files),
-                np.flatnonzero(part), np.flatnonzero(~part), multilabel=True)
+    return Data("cxr14", black_images(len(files), 1, size),
+                np.array(targets)[[combination[findings[name]] for name in files]],
+                CXR14_CLASSES, list(files),
+                np.flatnonzero(part), np.flatnonzero(~part), multilabel=True), files
 
 
 CHEXPERT_CLASSES = (
@@ -1015,12 +1032,12 @@ CHEXPERT_HELP = ("--root must name CheXpert-v1.0-small or CheXpert-v1.0, or the 
                  "https://stanfordmlgroup.github.io/competitions/chexpert")
 
 
-def load_chexpert(root, size, cache, partial, uncertain, validation):
+def load_chexpert(root, size, partial, uncertain, validation):
     """CheXpert: 14 observations. All images of train.csv, frontal or lateral, split by patient.
 
     Of the patients 70 % train, 10 % validate, 20 % test. validation=True tests on the 10 %, for
     whoever looks for better settings; otherwise those are not used. There is no public list of test
-    images, and the 234 of valid.csv are too few for most findings.
+    images, and the 234 of valid.csv are too few for most findings. Returns as load_cxr14 does.
     """
     table = first_that_exists(CHEXPERT_HELP, *(
         root / folder / "train.csv" for folder in (".", "CheXpert-v1.0-small", "CheXpert-v1.0")))
@@ -1045,9 +1062,9 @@ def load_chexpert(root, size, cache, partial, uncertain, validation):
     files, test_part = those_there(files, partial), validated if validation else tested
     train = [patient[name] not in tested | validated for name in files]
     test = [patient[name] in test_part for name in files]
-    return Data("chexpert", decode_images(files, size, 1, cache or root),
+    return Data("chexpert", black_images(len(files), 1, size),
                 [findings[name] for name in files], CHEXPERT_CLASSES, list(files),
-                np.flatnonzero(train), np.flatnonzero(test), multilabel=True)
+                np.flatnonzero(train), np.flatnonzero(test), multilabel=True), files
 
 
 ISIC_CLASSES = "MEL NV BCC AKIEC BKL DF VASC".split()
@@ -1057,11 +1074,12 @@ ISIC_HELP = ("--root must name a folder with ISIC2018_Task3_Training_GroundTruth
              "https://challenge.isic-archive.com/data/#2018")
 
 
-def load_isic2018(root, size, cache, partial):
+def load_isic2018(root, size, partial):
     """ISIC2018 task 3: photographs of skin lesions in 7 classes, one each.
 
     Of each class 80 % train and 20 % test. Where the file of lesion groupings is there, the images
-    of a lesion stay together: else the network is tested on lesions that it knows.
+    of a lesion stay together: else the network is tested on lesions that it knows. Returns as
+    load_cxr14 does.
     """
     first_that_exists(ISIC_HELP, root)
     prefix = "ISIC2018_Task3_Training_"
@@ -1090,9 +1108,9 @@ def load_isic2018(root, size, cache, partial):
 
     files = those_there(files, partial)
     part = np.array([lesion[name] in tested for name in files], bool)
-    return Data("isic2018", decode_images(files, size, 3, cache or root),
+    return Data("isic2018", black_images(len(files), 3, size),
                 np.eye(len(ISIC_CLASSES))[[target[name] for name in files]], ISIC_CLASSES,
-                list(files), np.flatnonzero(~part), np.flatnonzero(part), multilabel=False)
+                list(files), np.flatnonzero(~part), np.flatnonzero(part), multilabel=False), files
 
 
 # MedMNIST (arXiv 2110.14795): for each set the classes, the images of its three splits, and for
@@ -1185,6 +1203,11 @@ def those_there(files, partial):
     return there
 
 
+def black_images(count, channels, size):
+    """uint8 [count, channels, size, size] of zeros that take no memory, until there are images."""
+    return np.broadcast_to(np.uint8(0), (count, channels, size, size))
+
+
 def share_of(groups, low, high):
     """Some of the groups (texts): those from low to high, shares of 1, in a random order.
 
@@ -1202,24 +1225,29 @@ def decode_images(files, size, channels, cache):
     """Decode and resize a folder of images, once: the result is kept and opened at once ever after.
 
     files  {name: path}, texts    size  int, pixels    channels  1 (grey, whatever is there) or 3
-    cache  folder for the result, a .npy named by a hash of names, size and channels
+    cache  folder for the result, a .npy named by its size and a hash of names and channels
     Returns uint8 [files, channels, size, size], memory-mapped.
     Raises UserError that names a missing or broken image.
 
     Until it is whole the result is called .part, beside a .count of the images that are surely in
-    it: an interrupted call goes on from there. The sizes of some of the files are in the name, so
-    that another release of the images is not taken for this one.
+    it: an interrupted call goes on from there. The sizes of the files are in the name too, so that
+    another release of the images is not taken for this one.
     """
     paths = list(files.values())
     if not paths:
         raise UserError("there is no image to decode; download at least one archive of them")
-    missing = [path for path in paths if not os.path.exists(path)]
+    sizes, missing = [], []
+    for path in paths:
+        try:
+            sizes.append(os.path.getsize(path))
+        except OSError:
+            missing.append(path)
     if missing:
         raise UserError(f"{len(missing):,} of {len(paths):,} images are missing: "
                         f"{', '.join(missing[:3])}{' ...' * (len(missing) > 3)}; download the "
                         "archives that hold them, or use those that are there with --partial")
-    sizes = (str(os.path.getsize(path)) for path in paths[::max(1, len(paths) // 16)])
-    whole = Path(cache) / f"{size}px-{fingerprint(str(channels), *files, *sizes)}.npy"
+    found = fingerprint(str(channels), "\0".join(files), np.array(sizes))
+    whole = Path(cache) / f"{size}px-{found}.npy"
     if not whole.exists():
         if RANK > 0:
             raise UserError(f"{whole} is not there for process {RANK}: all machines must share the "
@@ -1440,10 +1468,23 @@ def run_stage(data, args, state, progress, one_epoch, steps, images_per_step):
             write_log(out, args.stage, history)
 
 
-def check_batch(data, args):
-    """Raise UserError if a batch has more images than the training set."""
+def check_fit(data, args):
+    """Raise UserError for settings that do not fit the data or the checkpoint in the folder.
+
+    Needs no images, so it is called before they are decoded, which may take long.
+    Returns the indices of the labelled images; in stage 1 None.
+    """
     if args.batch > len(data.train):
         raise UserError(f"--batch {args.batch} is more than the {len(data.train)} training images")
+    labelled = None
+    if args.stage == "finetune":
+        labelled = choose_labelled(data, args.labels, args.seed)
+    path = Path(args.out or f"runs/{data.name}") / f"{args.stage}.pt"
+    if path.exists() and not args.fresh:
+        theirs = load_checkpoint(path, args.stage)["settings"]
+        refuse_difference(path, theirs, settings_of(data, args, labelled) | dict(
+            images=theirs.get("images")))
+    return labelled
 
 
 def check_finite(losses, network, epoch, lr):
@@ -1456,13 +1497,8 @@ def check_finite(losses, network, epoch, lr):
                         "a smaller --lr. The checkpoint is that of the last finished epoch")
 
 
-def resume(data, args, state, labelled=None):
-    """Go on from the checkpoint in the output folder, if there is one and its settings are these.
-
-    state  {name: module, optimizer or tensor}, filled in place
-    Returns the rest of a checkpoint; its "history" has one dict for each finished epoch.
-    Raises UserError if the settings differ.
-    """
+def settings_of(data, args, labelled):
+    """All that decides the result of a stage but the images' pixels: a dict of plain values."""
     settings = {name: value for name, value in vars(args).items()
                 if name not in ("stage", "start", "root", "cache", "device", "out", "fresh")}
     if args.stage == "finetune":
@@ -1471,9 +1507,28 @@ def resume(data, args, state, labelled=None):
             start = load_checkpoint(args.start, "pretrain")["state"]
             settings["from"] = fingerprint(*start["student"].values(), *start["teacher"].values())
         settings["labelled"] = fingerprint(labelled)
-    settings |= dict(data=data.name, images=fingerprint_of(data), test=fingerprint(data.test))
+    settings |= dict(data=data.name, test=fingerprint(data.test))
     # Plain numbers and texts, whatever a notebook gave: only such can be read again.
-    settings = json.loads(json.dumps(settings, default=str))
+    return json.loads(json.dumps(settings, default=str))
+
+
+def refuse_difference(path, theirs, ours):
+    """Raise UserError, with the differences named, unless a checkpoint's settings are ours."""
+    differ = [f"{name} {theirs.get(name)} there and {ours.get(name)} here"
+              for name in sorted(theirs | ours) if theirs.get(name) != ours.get(name)]
+    if differ:
+        raise UserError(f"{path} is of other settings: {'; '.join(differ)}. "
+                        "Use --fresh to start over or --out for another folder")
+
+
+def resume(data, args, state, labelled=None):
+    """Go on from the checkpoint in the output folder, if there is one and its settings are these.
+
+    state  {name: module, optimizer or tensor}, filled in place
+    Returns the rest of a checkpoint; its "history" has one dict for each finished epoch.
+    Raises UserError if the settings differ.
+    """
+    settings = settings_of(data, args, labelled) | dict(images=fingerprint_of(data))
     augment = {name: value for name, value in args.augment.items() if value}
     shown = ", ".join(f"{name} {value}" for name, value in dict(settings, augment=augment).items())
     print(textwrap.fill(f"{args.stage}: {shown}", 100))
@@ -1488,12 +1543,7 @@ def resume(data, args, state, labelled=None):
         check_equal_progress(0)
         return progress
     checkpoint = load_checkpoint(path, args.stage)
-    theirs = checkpoint["settings"]
-    differ = [f"{name} {theirs.get(name)} there and {settings.get(name)} here"
-              for name in sorted(theirs | settings) if theirs.get(name) != settings.get(name)]
-    if differ:
-        raise UserError(f"{path} is of other settings: {'; '.join(differ)}. "
-                        "Use --fresh to start over or --out for another folder")
+    refuse_difference(path, checkpoint["settings"], settings)
     try:
         for name, value in state.items():
             load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
@@ -1831,25 +1881,26 @@ def label_choice(text):
 
 # Of each switch: the initials of the subcommands that have it, its group in --help, itself, its
 # value and what it means, in brackets what holds without it; then what argparse must know.
-SHARE, ON = number(float, 0, 1), dict(action="store_true", default=None)
+SHARE = number(float, 0, 1)
+ON, ON_OFF = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
 SWITCHES = (
     ("pfa", "images", "--data", "NAME", f"{', '.join(RECIPES)} (digits)",
      dict(choices=list(RECIPES))),
     ("pfea", "images", "--root", "DIR", "folder of the data (data/NAME)", {}),
     ("pfea", "images", "--cache", "DIR", "folder for decoded images (that of --root)", {}),
-    ("pfea", "images", "--partial", "", "make do with the images that are there", ON),
+    ("pfea", "images", "--partial", "", "make do with the images that are there (off)", ON_OFF),
     ("pfea", "images", "--uncertain", "AS",
      "what CheXpert's open findings count as: zeros, ones (zeros)",
      dict(choices=["zeros", "ones"])),
-    ("fea", "images", "--validation", "", "test on CheXpert's validation part", ON),
+    ("fea", "images", "--validation", "", "test on CheXpert's validation part (off)", ON_OFF),
     ("pfea", "run", "--out", "DIR", "for the results (runs/NAME, or where the checkpoint is)", {}),
     ("pfa", "run", "--fresh", "", "start over, whatever is in --out", ON),
     ("pfea", "run", "--device", "NAME", "auto, cpu, cuda, cuda:1 or mps (auto)", {}),
-    ("pfea", "run", "--amp", "", "bfloat16 on CUDA (on)",
-     dict(action=argparse.BooleanOptionalAction)),
+    ("pfa", "run", "--amp", "", "bfloat16 on CUDA (on)", ON_OFF),
     ("pf", "run", "--seed", "N", "of weights, views and label draw (0)",
      dict(type=number(int, 0))),
-    ("a", "run", "--seeds", "N", "runs of each row, from seed 0 on (3)", dict(type=number(int, 2))),
+    ("a", "run", "--seeds", "N", "runs of each row, from seed 0 on (3)",
+     dict(type=number(int, 2, 10**4))),
     ("f", "method", "--from", "START",
      "a pretrain.pt, scratch or imagenet (the newest pretrain.pt)", dict(dest="start")),
     ("pfa", "method", "--arch", "NAME", "densenet121 or tiny",
@@ -1859,16 +1910,16 @@ SWITCHES = (
     ("pfa", "method", "--size", "PX", "side of a view in pixels", dict(type=number(int, 16, 4096))),
     ("fa", "method", "--labels", "L", "share of each class, number of images, or file",
      dict(type=label_choice)),
-    ("pfa", "method", "--epochs", "N", "passes over the images", dict(type=number(int, 1))),
+    ("pfa", "method", "--epochs", "N", "passes over the images", dict(type=number(int, 1, 10**6))),
     ("pfea", "method", "--batch", "N", "images in a step, of each kind",
-     dict(type=number(int, 2))),
+     dict(type=number(int, 2, 10**6))),
     ("pf", "method", "--lr", "X", "learning rate in the first epoch",
      dict(type=number(float, 0))),
     ("pf", "method", "--teacher-momentum", "A", "share that the teacher keeps of itself",
      dict(type=SHARE)),
-    ("p", "method", "--keys", "M", "key views of an image", dict(type=number(int, 1))),
-    ("p", "method", "--queue", "K", "negatives, in embeddings", dict(type=number(int, 1))),
-    ("p", "method", "--dim", "D", "numbers in an embedding", dict(type=number(int, 1))),
+    ("p", "method", "--keys", "M", "key views of an image", dict(type=number(int, 1, 1000))),
+    ("p", "method", "--queue", "K", "negatives, in embeddings", dict(type=number(int, 1, 10**9))),
+    ("p", "method", "--dim", "D", "numbers in an embedding", dict(type=number(int, 1, 10**5))),
     ("p", "method", "--temperature", "T", "divides the cosines of embeddings",
      dict(type=number(float, 1e-3))),
     ("p", "method", "--covariance-weight", "LAMBDA", "c in the last epoch, 1 is that of the bound",
@@ -2051,8 +2102,9 @@ def run_command(args):
             # One process speaks, and decodes images; the others wait, then find them decoded.
             sys.stdout = open(os.devnull, "w")
             distributed.barrier()
+    check = None if args.stage == "evaluate" else lambda data: check_fit(data, args)
     data = load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial,
-                     args.validation)
+                     args.validation, check)
     if PROCESSES > 1 and RANK == 0:
         distributed.barrier()
     stages = dict(pretrain=pretrain, finetune=finetune, evaluate=evaluate_checkpoint)

@@ -347,6 +347,28 @@ s2mts2.decode_images({f"{k}.jpg": f"{k}.jpg" for k in range(60)}, 16, 1, sys.arg
     assert len(list(Path("killed").iterdir())) == 1
 
 
+def test_what_does_not_fit_is_refused_before_images_are_decoded(xrays, capsys):
+    command = f"pretrain --data cxr14 --root {xrays} --size 32 --arch tiny --init random --epochs 1 --batch 4".split()
+    assert main(command) == 0
+    next(xrays.glob("*.npy")).unlink()
+    scratch = ["finetune", "--from", "scratch", "--arch", "tiny", *command[1:7]]
+    for words, reason in ((command + ["--batch", "400"], "more than the"), (command + ["--lr", ".1"], "lr 0.03 there"),
+                          (command + ["--out", "new", "--batch", "400"], "more than the"),
+                          (scratch + ["--labels", "3"], "one of each class")):
+        assert main(words) == 2
+        assert reason in capsys.readouterr().err and not list(xrays.glob("*px-*")) and not Path("new").exists()
+
+
+def test_an_image_that_was_replaced_is_decoded_again(xrays):
+    before = np.array(s2mts2.load_data("cxr14", xrays, size=32).images)
+    file = xrays / "images/00000003_001.png"
+    assert file.exists()
+    torchvision.io.write_png(torch.full((1, 50, 50), 77, dtype=torch.uint8), str(file))
+    after = s2mts2.load_data("cxr14", xrays, size=32)
+    changed = (after.images != before).any((1, 2, 3))
+    assert [after.names[index] for index in np.flatnonzero(changed)] == [file.name]
+
+
 def test_a_cache_that_cannot_be_kept_or_is_cut_is_explained(xrays):
     with pytest.raises(UserError, match="--cache"):
         s2mts2.load_data("cxr14", xrays, size=32, cache=xrays / "test_list.txt" / "x")
@@ -1115,6 +1137,8 @@ def test_both_stages_run_on_the_other_sets(name, tmp_path, monkeypatch, capsys):
     if name == "chexpert":
         assert main(["finetune", "--validation", "--out", "validation", "--labels", "0.3", *small]) == 0
         assert len(Path("validation/predictions.csv").read_text().splitlines()) == 1 + 8
+        assert main(["evaluate", "validation/finetune.pt", "--no-validation", "--out", "tested"]) == 0
+        assert len(Path("tested/predictions.csv").read_text().splitlines()) == 1 + 16
         labelled = [Path(f"{folder}/labelled.txt").read_text() for folder in ("runs/chexpert", "validation")]
         assert labelled[0] == labelled[1]
 
@@ -1154,7 +1178,8 @@ def test_learning_rates_follow_their_schedules():
     "", "train", "pretrain --data mnist", "pretrain --epochs 0", "pretrain --epochs x", "pretrain --batch 1",
     "pretrain --batch 1438", "pretrain --lr -1", "pretrain --lr nan", "pretrain --lr inf", "pretrain --keys 0",
     "pretrain --queue 0", "pretrain --temperature 0", "pretrain --covariance-weight -1", "pretrain --dim 0",
-    "pretrain --teacher-momentum 1.1", "pretrain --size 8", "pretrain --size 31 --arch densenet121",
+    "pretrain --teacher-momentum 1.1", "pretrain --dim 1000000000000", "pretrain --batch 1e9",
+    "pretrain --batch 10000000000", "pretrain --queue 99999999999", "pretrain --keys 99999", "evaluate --no-amp", "pretrain --size 8", "pretrain --size 31 --arch densenet121",
     "pretrain --arch resnet", "pretrain --init zeros", "pretrain --init imagenet", "pretrain --seed -1",
     "pretrain --device tpu", "pretrain --device cuda:99", "pretrain --labels 3", "pretrain --nonsense",
     "pretrain --out file", "pretrain --data cxr14", "pretrain --data cxr14 --root file",
@@ -1324,7 +1349,7 @@ def test_a_checkpoint_of_other_images_labels_or_split_is_noticed():
     both = np.concatenate([data.train, data.test])
     for change in (dict(images=255 - data.images), dict(classes=["c0", "c2", "c1"]), dict(targets=1 - data.targets),
                    dict(train=both[:-11], test=both[-11:])):
-        with pytest.raises(UserError, match="other settings: .*images"):
+        with pytest.raises(UserError, match="other settings: .*(images|test)"):
             s2mts2.pretrain(Data(**{**vars(data), **change}), args)
 
 
