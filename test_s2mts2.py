@@ -3,6 +3,7 @@
 import copy
 import csv
 import http.server
+import importlib.util
 import json
 import math
 import os
@@ -1479,13 +1480,13 @@ def test_every_switch_is_read_and_explained_on_one_screen(stage, capsys):
 def readme(mark):
     """The indented commands of the README that begin with mark, without what follows them."""
     text = (SCRIPT.parent / "README.md").read_text()
-    return [line[4:].split("   ")[0] for line in text.splitlines() if line.startswith(f"    {mark}")]
+    return [line.strip().split("   ")[0] for line in text.splitlines() if re.match(f"    +{mark}", line)]
 
 
 def test_the_commands_of_the_readme_run():
     """All that need no download and no GPU, with an epoch each; they come in an order in which they work."""
     commands = [line for line in readme("python s2mts2.py") if not re.search("--data|--help|--root|FILE", line)]
-    assert len(commands) >= 8
+    assert len(commands) >= 13 and sum("runs/moco" in command for command in commands) == 2
     assert main(["pretrain", "--epochs", "1"]) == 0
     for command in commands:
         for one in command.split(" && "):
@@ -1495,6 +1496,22 @@ def test_the_commands_of_the_readme_run():
             if words[0] != "evaluate":
                 words += ["--epochs", "1", "--fresh"]
             assert main(words) == 0, one
+
+
+def test_the_exercise_that_changes_a_line_changes_what_it_says():
+    """A teacher with running statistics: it runs, and a batch no longer decides how an image is embedded."""
+    text, line = SCRIPT.read_text(), "module.track_running_stats = False"
+    assert text.count(line) == 1 and "`module.eval()`" in (SCRIPT.parent / "README.md").read_text()
+    Path("changed.py").write_text(text.replace(line, "module.eval()"))
+    script = subprocess.run([sys.executable, "changed.py", "pretrain", "--epochs", "1", "--out", "runs/running"])
+    assert script.returncode == 0 and Path("runs/running/pretrain.pt").exists()
+    spec = importlib.util.spec_from_file_location("changed", "changed.py")
+    changed = sys.modules["changed"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    images = torch.rand(6, 1, 32, 32)
+    for module, leaks in ((s2mts2, True), (changed, False)):
+        teacher = module.make_teacher(module.build_network("tiny", 1, 8, "mlp"))
+        assert torch.allclose(teacher(images)[:3], teacher(images[:3]), atol=1e-5) != leaks
 
 
 def test_the_example_for_notebooks_runs():
