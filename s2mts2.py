@@ -81,6 +81,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -1793,7 +1794,10 @@ def in_parallel(student):
     """The student with gradients averaged over all processes at each step."""
     if PROCESSES == 1:
         return student
-    return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # The newest torch has another word for broadcast_buffers, which older ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
 
 
 def my_part(tensor, dim):
@@ -2098,12 +2102,15 @@ def main(argv=None):
         with alone(args.out or f"runs/{args.data}"):
             run_command(args)
     except (UserError, RuntimeError) as error:
-        # Only too little memory is the user's to mend: torch says so in these words.
-        no_room = ("out of memory", "allocate memory")
-        if not isinstance(error, UserError) and not any(text in str(error) for text in no_room):
+        # Of torch's errors too little memory is the user's to mend; it says so in these words.
+        text = " ".join(str(error).split())
+        if "out of memory" in text or "allocate memory" in text:
+            text += ". Try a smaller --batch or --size"
+        elif RANK > 0 and "by peer" in text:
+            text = f"process {RANK} lost another one, whose message says why it stopped"
+        elif not isinstance(error, UserError):
             raise
-        advice = "" if isinstance(error, UserError) else ". Try a smaller --batch or --size"
-        print("error:", " ".join(str(error).split()) + advice, file=sys.stderr)
+        print("error:", text, file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         again = [word for word in argv or sys.argv[1:] if word != "--fresh"]

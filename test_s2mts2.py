@@ -1057,6 +1057,14 @@ def test_two_processes_do_the_work_of_one():
     assert "going on after epoch 1" in run(1, "densenet", "8", "both", "2")
 
 
+def test_of_two_processes_one_says_why_they_stop():
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    done = subprocess.run([sys.executable, *command, str(SCRIPT), "pretrain", "--epochs", "1", "--lr", "1e30"],
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and done.stderr.count("error: the loss is nan in epoch 1") == 1
+    assert "RuntimeError" not in done.stderr and "FutureWarning" not in done.stderr
+
+
 def test_several_processes_are_refused_where_they_do_not_work(monkeypatch, capsys):
     monkeypatch.setattr(s2mts2, "PROCESSES", 3)
     for command, words in (("finetune", "without torchrun"), ("evaluate", "without torchrun"),
