@@ -57,6 +57,7 @@ Inside a view, [N, C, H, W] is images, channels, height, width.
 
 Comments say whose decision a line is: [paper], [authors' code] (github.com/FBLADL/semi-chest), [our
 choice] where those are silent or wrong, and [plumbing] where it has nothing to do with the method.
+A tag speaks for the paragraph that it begins, or for the sentence that it ends.
 
 Map:  1 data    2 views    3 network and teacher    4 joint contrastive loss    5 stage 1: pretrain
       6 stage 2: finetune    7 evaluation and ablation    -- a first reader can stop there --
@@ -138,6 +139,7 @@ class Data:
 
     def __post_init__(self):
         # asarray takes torch tensors too, and leaves memory-mapped images on the disk.
+        self.classes, self.names = list(map(str, self.classes)), list(map(str, self.names))
         self.images, self.targets = np.asarray(self.images), np.asarray(self.targets, np.float32)
         self.train, self.test = np.asarray(self.train, np.int64), np.asarray(self.test, np.int64)
         count, split = len(self.images), np.concatenate([self.train, self.test])
@@ -183,7 +185,8 @@ def load_data(name, root=None, size=None, cache=None, uncertain="zeros", partial
     elif name == "isic2018":
         data, files = load_isic2018(root, size, partial)
     else:
-        raise UserError(f"there is no data set {name!r}; choose from {', '.join(RECIPES)}")
+        raise UserError(f"there is no data set {name!r}; choose from {', '.join(RECIPES)}, or for "
+                        "stage 2 another checkpoint with --from")
     if check:
         check(data)
     data.images = decode_images(files, size, data.images.shape[1], cache or root)
@@ -216,8 +219,8 @@ def choose_labelled(data, labels, seed):
 
     [authors' code] Of each class draw the given share of its images, at least one; their union is
     the labelled set. A share of the whole could leave a rare finding with hardly any example, or
-    none: Hernia is on 1 chest X-ray in 500. Images without a finding form a class of their own,
-    "No Finding".
+    none: Hernia is on 1 chest X-ray in 500. Images without any target form a class of their own,
+    on Chest X-ray14 "No Finding".
     [our choice] A number instead of a share is met exactly, in nearly the same proportions.
     """
     if isinstance(labels, (str, os.PathLike)):
@@ -489,8 +492,8 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
         network = torchvision.models.DenseNet(16, block_config=(2, 4, 4), num_init_features=32)
     if channels == 1:
         # Three equal channels through a filter are one channel through the filter's sum. So grey
-        # images stay grey, at a third of the memory, and the network is exactly the one that sees
-        # three copies of the normalised image.
+        # images stay grey, at a third of the memory, and the network starts as exactly the one that
+        # sees three copies of the normalised image.
         stem = network.features.conv0
         stem.weight, stem.in_channels = nn.Parameter(stem.weight.sum(1, keepdim=True)), 1
     features = network.classifier.in_features
@@ -516,10 +519,10 @@ def make_teacher(student):
     other way, evaluation mode with running statistics, would describe what the student's fast
     weights produced in the past and not what the teacher's averaged weights produce now: tried on
     digits, stage 1 then does not learn, its loss stuck near log(K + 1), the loss of guessing.
-    Evaluation does need running statistics, and at the end of training they do fit, as the table
-    of report shows. They follow the student's in ema_update, like weights, and must not also be
-    moved by the teacher's own passes, as they are in the authors' code. [our choice] To a BatchNorm
-    that has them already, track_running_stats=False means just that.
+    Evaluation does need running statistics, and at the end of training, when the weights hardly
+    move any more, they fit. They follow the student's in ema_update, like weights, and must not
+    also be moved by the teacher's own passes, as they are in the authors' code. [our choice] To a
+    BatchNorm that has them already, track_running_stats=False means just that.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
@@ -576,10 +579,11 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     So the mean over infinitely many keys is at most, with c = 1,
         L = log( e^(q.mu/t + c q'Sq/(2 t^2)) + sum_j e^(q.n_j/t) ) - q.mu/t.
 
-    A larger c gives a looser bound, a smaller one is not sure to be a bound; and unit vectors are
-    Gaussian only nearly. What the covariance term does: q'Sq is large where the keys of an image
-    still disagree in the direction of its query. The keys have no gradient, so it turns the query
-    towards directions in which they agree.
+    A larger c gives a looser bound, a smaller one is not sure to be a bound. Nor is any quite sure
+    to be: unit vectors are Gaussian only nearly, and mu and S are estimated, from M keys. What the
+    covariance term does: q'Sq is large where the keys of an image still disagree in the direction
+    of its query. The keys have no gradient, so it turns the query towards directions in which they
+    agree.
 
     How it is computed: S is the mean over the M keys of (k - mu)(k - mu)', so q'Sq is the mean of
     (q.k - q.mu)^2, which is nothing but the variance of the M numbers q.k. The N x M similarities
@@ -610,9 +614,10 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # What BatchNorm could leak. It normalises an image with the statistics of its batch, so that an
 # embedding carries a trace of its neighbours. Where a query and its keys are computed among the
 # same few neighbours, the trace tells them and nothing need be learnt from the image. With several
-# processes the keys are therefore computed among other neighbours (orders_of_processes). Within one
-# batch no shuffling helps, as its statistics are the same in any order; but then the negatives in
-# the queue come from many batches, and the larger the batch the weaker is the trace.
+# processes the keys are therefore computed among other neighbours (orders_of_processes). On one
+# device nothing is done about it: a batch has the same statistics in any order, and the trace does
+# tell a key, of this batch, from the queue's, of earlier ones. The larger the batch, the weaker is
+# the trace, as the statistics of many images are nearly the same from batch to batch.
 
 
 def pretrain(data, args):
@@ -647,7 +652,8 @@ def pretrain(data, args):
 
     def one_epoch(epoch):
         # The spread of an image's keys means little while the network is untrained, so the weight
-        # of the covariance grows: c = lambda (epoch + 1) / epochs. [authors' code]
+        # of the covariance grows: c = lambda (epoch + 1) / epochs, past the bound's own c = 1 half
+        # way if lambda is 2. [authors' code]
         covariance_weight = args.covariance_weight * (epoch + 1) / args.epochs
         order = shuffled(data.train, steps * args.batch).view(steps, args.batch)
         orders, places = orders_of_processes(order, args, epoch)
@@ -679,8 +685,8 @@ def pretrain(data, args):
 def enqueue(queue, means, first):
     """Write means [N, D] into queue [K, D], in place, as number first, first + 1 and so on.
 
-    First in, first out: they take the place of the oldest, round and round, whatever N and K. A
-    mean of unit vectors is shorter than 1 and stays so. [authors' code]
+    First in, first out: they take the place of the oldest, round and round, whatever N and K. The
+    mean of several unit vectors is shorter than 1 and stays so. [authors' code]
     """
     places = torch.arange(first, first + len(means), device=queue.device) % len(queue)
     # A batch longer than the queue leaves its last ones.
@@ -755,6 +761,7 @@ def finetune(data, args):
             optimizer.step()
             # A long memory would keep the untrained classifier for hundreds of steps. So begin
             # with the plain average of all states: 1 - 1 / (n + 1) after n steps. [our choice]
+            # Stage 1's teacher is the first of them, and soon one of many.
             done = epoch * steps + step + 1
             ema_update(teacher, student, min(1 - 1 / (done + 1), args.teacher_momentum))
             yield loss
@@ -898,7 +905,7 @@ def report(student, teacher, data, args):
         print("n/a, and not in the mean, because the test split has no positive or no negative: "
               + ", ".join(unknown))
 
-    result["student"] = students
+    result |= dict(split="validation" if args.validation else "test", student=students)
     out = output_folder(data, args)
     write_text(out / "metrics.json", json.dumps(result, indent=1) + "\n")
     table = io.StringIO()
@@ -911,7 +918,8 @@ def report(student, teacher, data, args):
 
 
 # What is each ingredient worth? Leave it out. Ways to begin and to go on, each with the switches
-# that make it of the whole method, and the pairs of them that are compared.
+# that make it of the whole method, and the pairs of them that are compared. Where stage 1 begins
+# with ImageNet's weights and "scratch" does not, --init random compares like with like.
 BEGIN = dict(moco="--keys 1 --covariance-weight 0", jcl="")
 GO_ON = {"supervised": "--consistency 0", "mean teacher": ""}
 ABLATION = ("scratch + supervised", "scratch + mean teacher", "moco + mean teacher",
@@ -934,7 +942,14 @@ def ablate(args):
         return run_command(parse_args(words))
 
     make_folder(args.out)
+    file = Path(args.out) / "ablation.json"
     table = {row: dict(mean_auc=[], accuracy=[]) for row in ABLATION}
+    if args.fresh:
+        # All at once: what is interrupted later must not go on with the old ones.
+        for checkpoint in Path(args.out).glob("*/*.pt"):
+            checkpoint.unlink()
+    if not file.exists():
+        write_text(file, json.dumps(table, indent=1) + "\n")
     for seed in range(args.seeds):
         for begin in ("moco", "jcl"):
             run("pretrain", begin, seed, BEGIN[begin].split())
@@ -944,7 +959,7 @@ def ablate(args):
             result = run("finetune", row, seed, ["--from", start, *GO_ON[go_on].split()])
             for name, values in columns.items():
                 values.append(result.get(name))
-        write_text(Path(args.out) / "ablation.json", json.dumps(table, indent=1) + "\n")
+        write_text(file, json.dumps(table, indent=1) + "\n")
 
     print(f"\nteacher, mean and standard deviation over {args.seeds} seeds, from 0 on")
     print(f"{'':24}mean AUC         accuracy")
@@ -1810,7 +1825,8 @@ def orders_of_processes(order, args, epoch):
 
     Shuffled BatchNorm. If a process embedded the keys of its own queries, both would be normalised
     with the statistics of the same few images, and the student could tell its key by them instead
-    of by what the image shows. So the places are shuffled, and in_order takes it back. [MoCo]
+    of by what the image shows. So the places are shuffled, and in_order takes it back; the idea is
+    MoCo's (arXiv 1911.05722).
     Returns the orders (a single one in a single process) and for in_order each image's place.
     """
     if PROCESSES == 1:
@@ -1980,7 +1996,7 @@ def words_for(stage, given):
     words = []
     for stages, _, switch, *_ in SWITCHES:
         value = given.get(dest(switch))
-        if stage[0] in stages and value is not None and switch != "--out":
+        if stage[0] in stages and value is not None and switch not in ("--out", "--fresh"):
             words += [switch, str(value)] if not isinstance(value, bool) else [
                 switch if value else switch.replace("--", "--no-")]
     return words
@@ -1996,8 +2012,9 @@ def parse_args(argv=None):
     parser = Parser(prog="python s2mts2.py", description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(dest="stage", required=True, metavar="|".join(COMMANDS))
     for stage, text in COMMANDS.items():
+        # No abbreviations: ablate --seed 3 would be taken for --seeds 3.
         command = commands.add_parser(
-            stage, help=text, description=text, usage="%(prog)s [switches]",
+            stage, help=text, description=text, usage="%(prog)s [switches]", allow_abbrev=False,
             epilog="In brackets: what holds without the switch. finetune takes data, folders, size "
             "and network from the pretrain.pt it starts from.", formatter_class=lambda prog:
             argparse.HelpFormatter(prog, max_help_position=30, width=100))
@@ -2018,7 +2035,7 @@ def parse_args(argv=None):
         return argparse.Namespace(**settled)
     if given["stage"] == "ablate":
         data = given.get("data", "digits")
-        settled |= dict(data=data, out=f"runs/{data}/ablation", seeds=3) | given
+        settled |= dict(data=data, out=f"runs/{data}/ablation", seeds=3, fresh=False) | given
         settled["switches"] = {stage: words_for(stage, given) for stage in ("pretrain", "finetune")}
         for stage, words in settled["switches"].items():
             # What one of its runs would refuse is refused before the first of them.
@@ -2076,9 +2093,10 @@ def check_settings(settled, given):
 def newest(stage, data=None):
     """Path of the newest checkpoint of a stage under runs/, of a data set if one is named."""
     # Those of an ablation are means to its table.
-    paths = [path for path in Path("runs").rglob(f"{stage}.pt") if "ablation" not in path.parts]
+    paths = [path for path in Path("runs").rglob(f"{stage}.pt")
+             if not (path.parent.parent / "ablation.json").exists()]
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
-        if data in (None, load_checkpoint(path, stage)["settings"]["data"]):
+        if data is None or data == load_checkpoint(path, stage)["settings"]["data"]:
             return path
     raise UserError(f"there is no {stage}.pt under runs/; first run: python s2mts2.py {stage}"
                     + (f" --data {data}" if data else ""))
@@ -2114,8 +2132,12 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt as stop:
         again = [word for word in argv or sys.argv[1:] if word != "--fresh"]
-        print(f"\nstopped. To go on after the last finished epoch: python s2mts2.py "
-              f"{shlex.join(again)}", file=sys.stderr)
+        if again[0] == "finetune" and "--from" not in again:
+            # The newest pretrain.pt may be another one by then.
+            again += ["--from", args.start]
+        program = "python s2mts2.py" if PROCESSES == 1 else "torchrun as before, with"
+        print(f"\nstopped. To go on after the last finished epoch: {program} {shlex.join(again)}",
+              file=sys.stderr)
         return stop.args[0] if stop.args else 130
     return 0
 
@@ -2150,7 +2172,7 @@ def alone(path):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing to {path}; wait for its end, or choose "
-                            "another --out") from None
+                            "another folder with --out, or with --cache for images") from None
         yield
 
 

@@ -384,7 +384,7 @@ def test_a_cache_that_cannot_be_kept_or_is_cut_is_explained(xrays):
     (dict(images=np.zeros((40, 16, 16), np.uint8)), "uint8"),
     (dict(images=np.zeros((40, 1, 16, 16), np.float32)), "uint8"),
     (dict(targets=np.zeros((40, 4))), "targets"), (dict(targets=np.full((40, 3), 0.5)), "0 or 1"),
-    (dict(multilabel=False), "one-hot"), (dict(names=["a"] * 40), "name"), (dict(test=[]), "empty"),
+    (dict(multilabel=False), "one-hot"), (dict(classes=[0, 1, 0.5, 3]), "classes"), (dict(names=["a"] * 40), "name"), (dict(test=[]), "empty"),
     (dict(test=[40]), "index"), (dict(test=[1, 1]), "twice"), (dict(train=[1], test=[1]), "twice"),
 ])
 def test_data_made_by_hand_is_checked(change, rule):
@@ -863,6 +863,20 @@ def test_both_stages_run_on_data_made_by_hand(channels, multilabel, capsys):
         ("pretrain", 0), ("pretrain", 1), ("finetune", 0), ("finetune", 1)]
 
 
+def test_the_losses_of_stage_2_are_what_they_say():
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 7, 3, generator=draw, dtype=torch.float64)
+    truth = torch.eye(3, dtype=torch.float64)[torch.arange(7) % 3]
+    yes, soft = 1 / (1 + (-ours).exp()), ours.exp() / ours.exp().sum(1, keepdim=True)
+    by_hand = -(truth * yes.log() + (1 - truth) * (1 - yes).log()).sum() / (7 * 3)
+    assert s2mts2.supervised_loss(ours, truth, True).item() == pytest.approx(by_hand.item(), rel=1e-9)
+    by_hand = -(truth * soft.log()).sum() / 7
+    assert s2mts2.supervised_loss(ours, truth, False).item() == pytest.approx(by_hand.item(), rel=1e-9)
+    for multilabel, mine, other in ((True, yes, theirs.sigmoid()), (False, soft, theirs.softmax(1))):
+        by_hand = (mine - other).square().sum() / (7 * 3)
+        assert s2mts2.consistency_loss(ours, theirs, multilabel).item() == pytest.approx(by_hand.item(), rel=1e-9)
+
+
 def test_stage_2_starts_from_stage_1(capsys):
     data = made_by_hand()
     student, teacher = s2mts2.pretrain(data, parse_args("pretrain --epochs 1 --batch 8 --size 32".split()))
@@ -1052,6 +1066,11 @@ def test_two_processes_do_the_work_of_one():
     assert equal(zero, one)
     saved = torch.load("both/pretrain.pt", weights_only=True)
     assert equal(saved["state"]["teacher"], zero[1]) and (saved["state"]["queue"].norm(dim=1) < 0.99999).all()
+    # The statistics are those that one process sees, but for the smaller batches.
+    run(1, "densenet", "8", "alone", "1")
+    alone = torch.load("alone/pretrain.pt")["state"]["student"]["features.norm0.running_var"]
+    ratio = saved["state"]["student"]["features.norm0.running_var"] / alone
+    assert 0.8 < ratio.median() < 1.25
     saved["settings"]["epochs"] = 2
     torch.save(saved, "both/pretrain.pt")
     assert "going on after epoch 1" in run(1, "densenet", "8", "both", "2")
@@ -1429,7 +1448,7 @@ def test_only_a_lack_of_memory_is_the_users_to_mend(monkeypatch, capsys):
 @pytest.mark.parametrize("command", [
     "pretrain --root x", "pretrain --partial", "pretrain --data cxr14 --uncertain ones", "finetune --from scratch --validation",
     "ablate --seeds 1", "ablate --lr 3", "ablate --epochs 0", "ablate --size 8", "ablate --arch densenet121 --size 20",
-    "ablate --data mnist", "ablate --labels -1"])
+    "ablate --data mnist", "ablate --labels -1", "ablate --seed 1", "pretrain --epoch 2"])
 def test_switches_without_a_meaning_are_refused(command, capsys):
     assert main(command.split()) == 2
     err = capsys.readouterr().err
@@ -1460,10 +1479,14 @@ def test_the_ablation_leaves_out_each_ingredient_in_turn(monkeypatch, capsys):
         assert len({path.read_text() for path in out.glob(f"*-{seed}/labelled.txt")}) == 1
     printed = capsys.readouterr().out
     assert "jcl + mean teacher" in printed and " +- " in printed and "covariance_weight 0.0" in printed
-    # Once more: nothing is trained again, and the table is the same.
+    # --fresh trains all again; without it nothing is, and the table is the same.
+    seen.clear()
+    old = (out / "jcl-1/pretrain.pt").stat().st_mtime_ns
+    assert main([*command, "--fresh"]) == 0 and (out / "jcl-1/pretrain.pt").stat().st_mtime_ns > old
     monkeypatch.setattr(s2mts2, "ema_update", None)
     assert main(command) == 0 and json.loads((out / "ablation.json").read_text()) == table
-    # finetune does not start from the ablation's by mistake.
+    # finetune does not start from the ablation's by mistake, whatever its folder is called.
+    out.rename("runs/digits/other")
     with pytest.raises(UserError, match="first run"):
         parse_args(["finetune"])
 
