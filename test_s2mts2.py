@@ -1518,7 +1518,7 @@ def test_the_commands_of_the_readme_run():
     """All that need no download and no GPU, with an epoch each; they come in an order in which they work."""
     commands = [line for line in readme("python s2mts2.py") if not re.search("--data|--help|--root|FILE", line)]
     assert len(commands) >= 13 and sum("runs/moco" in command for command in commands) == 2
-    assert main(["pretrain", "--epochs", "1"]) == 0
+    assert main(["pretrain", "--epochs", "1"]) == main(["finetune", "--epochs", "1"]) == 0
     for command in commands:
         for one in command.split(" && "):
             words = shlex.split(one.removeprefix("python s2mts2.py "))
