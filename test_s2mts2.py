@@ -1509,9 +1509,9 @@ def test_every_switch_is_read_and_explained_on_one_screen(stage, capsys):
 
 
 def readme(mark):
-    """The indented commands of the README that begin with mark, without what follows them."""
+    """The indented commands of the README that begin with mark, without comments."""
     text = (SCRIPT.parent / "README.md").read_text()
-    return [line.strip().split("   ")[0] for line in text.splitlines() if re.match(f"    +{mark}", line)]
+    return [line.split("#")[0].strip() for line in text.splitlines() if re.match(f"    +{mark}", line)]
 
 
 def test_the_commands_of_the_readme_run():
