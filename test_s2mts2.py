@@ -384,7 +384,7 @@ def test_a_cache_that_cannot_be_kept_or_is_cut_is_explained(xrays):
     (dict(images=np.zeros((40, 16, 16), np.uint8)), "uint8"),
     (dict(images=np.zeros((40, 1, 16, 16), np.float32)), "uint8"),
     (dict(targets=np.zeros((40, 4))), "targets"), (dict(targets=np.full((40, 3), 0.5)), "0 or 1"),
-    (dict(multilabel=False), "one-hot"), (dict(classes=[0, 1, 0.5, 3]), "classes"), (dict(names=["a"] * 40), "name"), (dict(test=[]), "empty"),
+    (dict(multilabel=False), "one-hot"), (dict(names=["a"] * 40), "name"), (dict(test=[]), "empty"),
     (dict(test=[40]), "index"), (dict(test=[1, 1]), "twice"), (dict(train=[1], test=[1]), "twice"),
 ])
 def test_data_made_by_hand_is_checked(change, rule):
@@ -394,6 +394,12 @@ def test_data_made_by_hand_is_checked(change, rule):
 
 
 # ------------------------------------------------------------------------------------ labelled subset
+
+
+def test_numbers_may_serve_as_names():
+    data = Data(**{**vars(made_by_hand()), "classes": range(3), "names": np.arange(40)})
+    assert data.classes == ["0", "1", "2"] and data.names[-1] == "39"
+    s2mts2.fingerprint_of(data)
 
 
 def long_tailed():
@@ -1166,6 +1172,8 @@ def test_both_stages_run_on_the_other_sets(name, tmp_path, monkeypatch, capsys):
         assert main(["finetune", "--validation", "--out", "validation", "--labels", "0.3", *small]) == 0
         assert len(Path("validation/predictions.csv").read_text().splitlines()) == 1 + 8
         assert main(["evaluate", "validation/finetune.pt", "--no-validation", "--out", "tested"]) == 0
+        splits = [json.loads(Path(f"{folder}/metrics.json").read_text())["split"] for folder in ("validation", "tested")]
+        assert splits == ["validation", "test"]
         assert len(Path("tested/predictions.csv").read_text().splitlines()) == 1 + 16
         labelled = [Path(f"{folder}/labelled.txt").read_text() for folder in ("runs/chexpert", "validation")]
         assert labelled[0] == labelled[1]
@@ -1223,6 +1231,12 @@ def test_bad_commands_end_with_one_line_and_leave_nothing(command, capsys):
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and err.count("error:") == 1, err
     assert [path.name for path in Path().rglob("*")] == ["file"]
+
+
+def test_numbers_have_upper_bounds():
+    for switch, value in (("dim", 10**6), ("keys", 10**4), ("queue", 10**10), ("batch", 10**7), ("epochs", 10**7)):
+        with pytest.raises(UserError, match="is not from"):
+            parse_args(["pretrain", f"--{switch}", str(value)])
 
 
 def edit(root, name, change):
