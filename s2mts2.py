@@ -2114,6 +2114,7 @@ def inherited(path, stage):
 
 def main(argv=None):
     """Run a command. Returns its exit status: 0, 2 if the user can mend it, 130 on Ctrl-C."""
+    args = None
     try:
         args = parse_args(argv)
         choose_device(args.device)
@@ -2132,7 +2133,7 @@ def main(argv=None):
         return 2
     except KeyboardInterrupt as stop:
         again = [word for word in argv or sys.argv[1:] if word != "--fresh"]
-        if again[0] == "finetune" and "--from" not in again:
+        if args and args.stage == "finetune" and "--from" not in again:
             # The newest pretrain.pt may be another one by then.
             again += ["--from", args.start]
         program = "python s2mts2.py" if PROCESSES == 1 else "torchrun as before, with"

@@ -1295,6 +1295,14 @@ def test_importing_does_nothing_and_ctrl_c_ends_with_130(monkeypatch, capsys):
     assert main(["pretrain", "--fresh", "--seed", "3"]) == 130
     assert capsys.readouterr().err.strip().endswith("go on after the last finished epoch: "
                                                     "python s2mts2.py pretrain --seed 3")
+    # The checkpoint that was the newest is named, as it may no longer be by then.
+    monkeypatch.setattr(s2mts2, "finetune", interrupt)
+    assert main(["finetune", "--from", "scratch"]) == 130
+    assert capsys.readouterr().err.strip().endswith("finetune --from scratch")
+    monkeypatch.setattr(s2mts2, "newest", lambda *arguments: "scratch")
+    assert main(["finetune"]) == 130 and capsys.readouterr().err.strip().endswith("finetune --from scratch")
+    monkeypatch.setattr(s2mts2, "newest", interrupt)
+    assert main(["finetune"]) == 130 and capsys.readouterr().err.strip().endswith("s2mts2.py finetune")
 
 
 # ------------------------------------------------------------------------- nothing lost, nothing wrong
