@@ -147,11 +147,11 @@ class Data:
         for fits, rule in (
             (is_image and self.images.dtype == np.uint8, "images must be uint8 [N, 1 or 3, H, W]"),
             (self.targets.shape == (count, len(self.classes)), "targets must be [images, classes]"),
-            (np.isin(self.targets, (0, 1)).all(), "targets must be 0 or 1"),
+            (((self.targets == 0) | (self.targets == 1)).all(), "targets must be 0 or 1"),
             (self.multilabel or (self.targets.sum(1) == 1).all(), "targets must be one-hot"),
             (len(set(self.names)) == len(self.names) == count, "each image needs its own name"),
             (len(self.train) and len(self.test), "train and test must not be empty"),
-            (np.isin(split, np.arange(count)).all(), "the split must index images"),
+            (((split >= 0) & (split < count)).all(), "the split must index images"),
             (len(np.unique(split)) == len(split), "an image must not be in the split twice"),
         ):
             if not fits:
@@ -1016,9 +1016,11 @@ def load_cxr14(root, size, partial):
             combination[text] = len(targets)
             targets.append([finding in found for finding in CXR14_CLASSES])
 
-    # Texts, not Paths: of those, 112,120 would take a second to make.
-    paths = {name: f"{folder}/{name}" for folder in map(str, folders) if os.path.isdir(folder)
-             for name in os.listdir(folder)}
+    # Folders as texts, not Paths: to make 112,120 of those would take a second.
+    folder_of = {}
+    for folder in map(str, folders):
+        if os.path.isdir(folder):
+            folder_of |= dict.fromkeys(os.listdir(folder), folder)
     train, test = map(read_lines, lists)
     files = {}
     for name in train + test:
@@ -1026,7 +1028,7 @@ def load_cxr14(root, size, partial):
             raise UserError(f"image {name} is twice in {lists[0]} and {lists[1]}, once is allowed")
         if name not in findings:
             raise UserError(f"image {name} is in a list, not in {table}; take files of one release")
-        files[name] = paths.get(name) or f"{folders[0]}/{name}"
+        files[name] = f"{folder_of.get(name, folders[0])}/{name}"
 
     both = {name.split("_")[0] for name in train} & {name.split("_")[0] for name in test}
     if both:
