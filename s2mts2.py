@@ -759,9 +759,8 @@ def finetune(data, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # A long memory would keep the untrained classifier for hundreds of steps. So begin
-            # with the plain average of all states: 1 - 1 / (n + 1) after n steps. [our choice]
-            # Stage 1's teacher is the first of them, and soon one of many.
+            # A long memory would keep the untrained classifier for hundreds of steps. So begin with
+            # the plain mean of the first teacher and the n students since. [our choice]
             done = epoch * steps + step + 1
             ema_update(teacher, student, min(1 - 1 / (done + 1), args.teacher_momentum))
             yield loss
@@ -2062,7 +2061,6 @@ def parse_args(argv=None):
                 del theirs["size"]
         settled |= recipe(data, "finetune") | theirs | dict(start=start)
     settled |= dict(data=data) | given
-
     check_settings(settled, given)
     return argparse.Namespace(**settled)
 
