@@ -934,9 +934,12 @@ def ablate(args):
     Returns the dict in ablation.json, {row: {metric: [of each seed]}}. The metrics are the averaged
     teacher's in every row, also where it sets no targets.
     """
+    def folder(name, seed):
+        return Path(args.out) / f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}"
+
     def run(stage, name, seed, switches):
-        out = Path(args.out) / f"{name.replace(' + ', '-').replace(' ', '-')}-{seed}"
-        words = [stage, *switches, *args.switches[stage], "--seed", str(seed), "--out", str(out)]
+        words = [stage, *switches, *args.switches[stage], "--seed", str(seed),
+                 "--out", str(folder(name, seed))]
         print("\n+ python s2mts2.py", shlex.join(words))
         return run_command(parse_args(words))
 
@@ -944,17 +947,20 @@ def ablate(args):
     file = Path(args.out) / "ablation.json"
     table = {row: dict(mean_auc=[], accuracy=[]) for row in ABLATION}
     if args.fresh:
-        # All at once: what is interrupted later must not go on with the old ones.
-        for checkpoint in Path(args.out).glob("*/*.pt"):
-            checkpoint.unlink()
-    if not file.exists():
+        # All old runs at once, or one that is interrupted would later go on with some of them; but
+        # not before the images are seen to be there.
+        load_for(parse_args(["pretrain", *args.switches["pretrain"]]))
+        for old in [path for name in (*BEGIN, *ABLATION)
+                    for path in Path(args.out).glob(f"{folder(name, '*').name}/*.pt")]:
+            old.unlink(missing_ok=True)
+    if args.fresh or not file.exists():
         write_text(file, json.dumps(table, indent=1) + "\n")
     for seed in range(args.seeds):
         for begin in ("moco", "jcl"):
             run("pretrain", begin, seed, BEGIN[begin].split())
         for row, columns in table.items():
             begin, go_on = row.split(" + ")
-            start = begin if begin == "scratch" else f"{args.out}/{begin}-{seed}/pretrain.pt"
+            start = begin if begin == "scratch" else f"{folder(begin, seed)}/pretrain.pt"
             result = run("finetune", row, seed, ["--from", start, *GO_ON[go_on].split()])
             for name, values in columns.items():
                 values.append(result.get(name))
@@ -1218,6 +1224,8 @@ def those_there(files, partial):
         return files
     there = {name: path for name, path in files.items() if os.path.exists(path)}
     print(f"--partial: {len(there):,} of {len(files):,} images are there")
+    if not there:
+        raise UserError("there is no image to decode; download at least one archive of them")
     return there
 
 
@@ -1252,8 +1260,6 @@ def decode_images(files, size, channels, cache):
     another release of the images is not taken for this one.
     """
     paths = list(files.values())
-    if not paths:
-        raise UserError("there is no image to decode; download at least one archive of them")
     sizes, missing = [], []
     for path in paths:
         try:
@@ -1434,7 +1440,7 @@ RECIPES = dict(
 
 def recipe(data, stage):
     """The row of RECIPES for a data set by its name and a stage; that of digits for one by hand."""
-    return RECIPES.get(data, RECIPES["digits"])[stage]
+    return copy.deepcopy(RECIPES.get(data, RECIPES["digits"])[stage])
 
 
 def learning_rate(args, epoch):
@@ -1734,10 +1740,11 @@ def keep_memory():
     zeros first: a fourth of a step at 224 px. It takes a sixth more memory.
     """
     try:
-        # Only tensors of 128 MB or more outside the heap (-3 is M_MMAP_THRESHOLD), and nothing of
-        # the heap given back (-1 is M_TRIM_THRESHOLD).
-        ctypes.CDLL(None).mallopt(-3, 2**27)
-        ctypes.CDLL(None).mallopt(-1, -1)
+        mallopt = ctypes.CDLL(None).mallopt
+        # Only tensors of 128 MB or more outside the heap (-3 is M_MMAP_THRESHOLD; older versions
+        # refuse more than 32), and nothing of the heap given back (-1 is M_TRIM_THRESHOLD).
+        if mallopt(-3, 2**27) or mallopt(-3, 2**25):
+            mallopt(-1, -1)
     except (AttributeError, OSError, TypeError):
         # Another C library, which has other habits.
         pass
@@ -2123,11 +2130,13 @@ def main(argv=None):
     except (UserError, RuntimeError) as error:
         # Of torch's errors too little memory is the user's to mend; it says so in these words.
         text = " ".join(str(error).split())
-        if "out of memory" in text or "allocate memory" in text:
+        if isinstance(error, UserError):
+            pass
+        elif "out of memory" in text or "allocate memory" in text:
             text += ". Try a smaller --batch or --size"
         elif RANK > 0 and "by peer" in text:
             text = f"process {RANK} lost another one, whose message says why it stopped"
-        elif not isinstance(error, UserError):
+        else:
             raise
         print("error:", text, file=sys.stderr)
         return 2
@@ -2153,13 +2162,18 @@ def run_command(args):
             # One process speaks, and decodes images; the others wait, then find them decoded.
             sys.stdout = open(os.devnull, "w")
             distributed.barrier()
-    check = None if args.stage == "evaluate" else lambda data: check_fit(data, args)
-    data = load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial,
-                     args.validation, check)
+    data = load_for(args)
     if PROCESSES > 1 and RANK == 0:
         distributed.barrier()
     stages = dict(pretrain=pretrain, finetune=finetune, evaluate=evaluate_checkpoint)
     return stages[args.stage](data, args)
+
+
+def load_for(args):
+    """The Data for args, refused early where the two do not fit."""
+    check = None if args.stage == "evaluate" else lambda data: check_fit(data, args)
+    return load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial,
+                     args.validation, check)
 
 
 @contextlib.contextmanager

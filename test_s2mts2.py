@@ -142,6 +142,18 @@ def test_cxr14_is_found_in_each_layout(xrays):
     assert (s2mts2.load_data("cxr14", xrays, size=32).images == expected).all()
 
 
+def test_a_recipe_is_not_changed_by_whoever_changes_his_copy():
+    parse_args(["pretrain"]).augment["flip_p"] = 0.5
+    assert parse_args(["pretrain"]).augment["flip_p"] == 0
+
+
+def test_partial_without_any_image_says_so(xrays):
+    for image in (xrays / "images").iterdir():
+        image.unlink()
+    with pytest.raises(UserError, match="no image to decode"):
+        s2mts2.load_data("cxr14", xrays, size=32, partial=True)
+
+
 def test_partial_takes_the_images_that_are_there(xrays, capsys):
     for name in ("00000000_001.png", "00000001_000.png", "00000002_000.png", "00000009_002.png"):
         (xrays / "images" / name).unlink()
@@ -1487,7 +1499,7 @@ def test_the_ablation_leaves_out_each_ingredient_in_turn(monkeypatch, capsys):
     monkeypatch.setattr(s2mts2, "pretrain", lambda d, a: seen.append((a.stage, a.seed, a.keys)) or pretrain(d, a))
     monkeypatch.setattr(s2mts2, "finetune", lambda d, a: seen.append(
         (a.stage, a.seed, Path(a.start).parent.name, a.consistency > 0)) or finetune(d, a))
-    command = "ablate --seeds 2 --epochs 1 --batch 8 --labels 6".split()
+    command = "ablate --seeds 2 --epochs 1 --batch 8 --labels 6 --out".split() + [str(Path("runs/digits/ablation").resolve())]
     assert main(command) == 0
     assert seen[:7] == [("pretrain", 0, 1), ("pretrain", 0, 2), ("finetune", 0, "", False), ("finetune", 0, "", True),
                         ("finetune", 0, "moco-0", True), ("finetune", 0, "jcl-0", False), ("finetune", 0, "jcl-0", True)]
@@ -1504,6 +1516,20 @@ def test_the_ablation_leaves_out_each_ingredient_in_turn(monkeypatch, capsys):
     # --fresh trains all again; without it nothing is, and the table is the same.
     seen.clear()
     old = (out / "jcl-1/pretrain.pt").stat().st_mtime_ns
+    (out / "mine").mkdir()
+    (out / "mine/pretrain.pt").touch()
+    with monkeypatch.context() as patch:
+        # Not before the images are there.
+        patch.setattr(s2mts2, "load_data", lambda *arguments: s2mts2.read_lines("nowhere"))
+        assert main([*command, "--fresh"]) == 2 and (out / "jcl-1/pretrain.pt").stat().st_mtime_ns == old
+        # And then all at once, but for what is not its own.
+        patch.setattr(s2mts2, "load_data", lambda *arguments: made_by_hand(multilabel=False))
+        patch.setattr(s2mts2, "run_command", lambda args: 1 / 0 if args.stage != "ablate" else ablate(args))
+        ablate = s2mts2.ablate
+        with pytest.raises(ZeroDivisionError):
+            main([*command, "--fresh"])
+        assert [path.parent.name for path in out.rglob("*.pt")] == ["mine"]
+        assert not json.loads((out / "ablation.json").read_text())["jcl + mean teacher"]["accuracy"]
     assert main([*command, "--fresh"]) == 0 and (out / "jcl-1/pretrain.pt").stat().st_mtime_ns > old
     monkeypatch.setattr(s2mts2, "ema_update", None)
     assert main(command) == 0 and json.loads((out / "ablation.json").read_text()) == table
