@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from sklearn import metrics
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2mts2
 from s2mts2 import PLAIN, Data, UserError, main, parse_args
@@ -806,6 +807,24 @@ def test_autograd_keeps_little_more_than_the_logits():
         loss = s2mts2.joint_contrastive_loss(query, keys, queue, 0.07, 2.0)
     assert sum(kept.values()) <= 3 * 256 * 16384 * 4
     loss.backward()
+
+
+def test_the_loss_never_forms_a_tensor_larger_than_the_logits():
+    class Largest(TorchDispatchMode):
+        floats = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor):
+                self.floats = max(self.floats, result.numel())
+            return result
+
+    # N x D x D, N x K x M and N x K x D would all be larger.
+    query, keys, queue = embeddings(images=30, keys=5, dim=20, negatives=200)
+    query.requires_grad_()
+    with Largest() as largest:
+        s2mts2.joint_contrastive_loss(query, keys, queue, 0.07, 2.0).backward()
+    assert largest.floats == 30 * 201
 
 
 # --------------------------------------------------------------------------------------------- metrics
