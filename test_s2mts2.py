@@ -1542,13 +1542,20 @@ def test_the_ablation_leaves_out_each_ingredient_in_turn(monkeypatch, capsys):
         patch.setattr(s2mts2, "load_data", lambda *arguments: s2mts2.read_lines("nowhere"))
         assert main([*command, "--fresh"]) == 2 and (out / "jcl-1/pretrain.pt").stat().st_mtime_ns == old
         # And then all at once, but for what is not its own.
-        patch.setattr(s2mts2, "load_data", lambda *arguments: made_by_hand(multilabel=False))
+        def load_and_check(*arguments):
+            arguments[-1](made_by_hand(multilabel=False))
+            return made_by_hand(multilabel=False)
+
+        patch.setattr(s2mts2, "load_data", load_and_check)
+        # A run of other settings beside the ablation is no hindrance.
+        pretrain(made_by_hand(multilabel=False), parse_args("pretrain --epochs 2 --batch 8".split()))
         patch.setattr(s2mts2, "run_command", lambda args: 1 / 0 if args.stage != "ablate" else ablate(args))
         ablate = s2mts2.ablate
         with pytest.raises(ZeroDivisionError):
             main([*command, "--fresh"])
         assert [path.parent.name for path in out.rglob("*.pt")] == ["mine"]
         assert not json.loads((out / "ablation.json").read_text())["jcl + mean teacher"]["accuracy"]
+        Path("runs/mine/pretrain.pt").unlink()
     assert main([*command, "--fresh"]) == 0 and (out / "jcl-1/pretrain.pt").stat().st_mtime_ns > old
     monkeypatch.setattr(s2mts2, "ema_update", None)
     assert main(command) == 0 and json.loads((out / "ablation.json").read_text()) == table
