@@ -179,17 +179,32 @@ def load_data(name, root=None, size=None, cache=None, uncertain="zeros", partial
     if name in MEDMNIST:
         return load_medmnist(name, root, size, cache)
     if name == "cxr14":
-        data, files = load_cxr14(root, size, partial)
+        found = load_cxr14(root)
     elif name == "chexpert":
-        data, files = load_chexpert(root, size, partial, uncertain, validation)
+        found = load_chexpert(root, uncertain)
     elif name == "isic2018":
-        data, files = load_isic2018(root, size, partial)
+        found = load_isic2018(root)
     else:
         raise UserError(f"there is no data set {name!r}; choose from {', '.join(RECIPES)}, or for "
                         "stage 2 another checkpoint with --from")
+
+    files, part, targets = found["files"], np.array(found["part"]), np.array(found["targets"])
+    if partial:
+        there = np.array([os.path.exists(path) for path in files.values()])
+        print(f"--partial: {there.sum():,} of {len(there):,} images are there")
+        if not there.any():
+            raise UserError("there is no image to decode; download at least one archive of them")
+        files = dict(pair for pair, exists in zip(files.items(), there, strict=True) if exists)
+        part, targets = part[there], targets[there]
+    # Zeros that take no memory.
+    black = np.broadcast_to(np.uint8(0), (len(files), found["channels"], size, size))
+    train = np.flatnonzero(part == "train")
+    test = np.flatnonzero(part == ("validation" if validation else "test"))
+    data = Data(name, black, targets, found["classes"], list(files), train, test,
+                found["multilabel"])
     if check:
         check(data)
-    data.images = decode_images(files, size, data.images.shape[1], cache or root)
+    data.images = decode_images(files, size, found["channels"], cache or root)
     return data
 
 
@@ -983,6 +998,10 @@ def ablate(args):
 # 8. The other data sets [plumbing]
 # ==================================================================================================
 
+# What a load_* function of a folder of images returns: files {name: path}, and in their order the
+# part of the split of each ("train", "test" or "validation") and the targets [files, classes]; then
+# what all images have in common. load_data makes a Data of it.
+
 CXR14_CLASSES = (
     "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
     "Consolidation Edema Emphysema Fibrosis Pleural_Thickening Hernia").split()
@@ -991,60 +1010,44 @@ CXR14_HELP = ("--root must name a folder with Data_Entry_2017.csv (or Data_Entry
               "data/*.png; all of them come from https://nihcc.app.box.com/v/ChestXray-NIHCC")
 
 
-def load_cxr14(root, size, partial):
-    """NIH Chest X-ray14: 14 findings, the official lists of training and test images.
-
-    Returns a Data whose images are still black, and their files {name: path}.
-    """
+def load_cxr14(root):
+    """NIH Chest X-ray14: 14 findings, the official lists of training and test images."""
     table = first_that_exists(CXR14_HELP, root / "Data_Entry_2017_v2020.csv",
                               root / "Data_Entry_2017.csv")
-    lists = [first_that_exists(CXR14_HELP, root / name)
-             for name in ("train_val_list.txt", "test_list.txt")]
+    train, test = (read_lines(first_that_exists(CXR14_HELP, root / name))
+                   for name in ("train_val_list.txt", "test_list.txt"))
     folders = [root / "images", root / "data", *sorted(root.glob("images_*/images"))]
     first_that_exists(CXR14_HELP, *folders)
 
     # Columns by number, not by name: two names in the header hold commas without quotes.
-    findings = {}
-    for row in csv.reader(read_lines(table)[1:]):
-        if len(row) < 2 or row[0] in findings:
-            raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
-        findings[row[0]] = row[1]
-    # The few hundred combinations that occur are taken apart once each: text -> row of targets.
-    combination, targets = {}, []
-    for image, text in findings.items():
-        if text not in combination:
-            found = text.split("|") if text != "No Finding" else []
-            unknown = [finding for finding in found if finding not in CXR14_CLASSES]
-            if unknown:
-                raise UserError(f"{table}: unknown label {unknown[0]!r} of image {image}; "
-                                f"known are No Finding, {', '.join(CXR14_CLASSES)}")
-            combination[text] = len(targets)
-            targets.append([finding in found for finding in CXR14_CLASSES])
+    findings = {row[0]: row[1] for row in read_table(table, lambda row: len(row) > 1)}
+    # The few hundred combinations that occur are taken apart once each.
+    combinations = {text: number for number, text in enumerate(dict.fromkeys(findings.values()))}
+    targets = np.array([[finding in text.split("|") for finding in CXR14_CLASSES]
+                        for text in combinations])
+    for text, row in zip(combinations, targets, strict=True):
+        if row.sum() != len(text.split("|")) * (text != "No Finding"):
+            image = next(name for name in findings if findings[name] == text)
+            raise UserError(f"{table}: unknown label in {text!r} of image {image}; known are No "
+                            f"Finding, {', '.join(CXR14_CLASSES)}")
 
     # Folders as texts, not Paths: to make 112,120 of those would take a second.
-    folder_of = {}
-    for folder in map(str, folders):
-        if os.path.isdir(folder):
-            folder_of |= dict.fromkeys(os.listdir(folder), folder)
-    train, test = map(read_lines, lists)
-    files = {}
+    folder_of, files = {}, {}
+    for folder in filter(os.path.isdir, map(str, folders)):
+        folder_of |= dict.fromkeys(os.listdir(folder), folder)
     for name in train + test:
-        if name in files:
-            raise UserError(f"image {name} is twice in {lists[0]} and {lists[1]}, once is allowed")
-        if name not in findings:
-            raise UserError(f"image {name} is in a list, not in {table}; take files of one release")
+        if name in files or name not in findings:
+            raise UserError(f"image {name} is in train_val_list.txt or test_list.txt, but " + (
+                "twice; once is allowed" if name in files else
+                f"not in {table}; take files of one release"))
         files[name] = f"{folder_of.get(name, folders[0])}/{name}"
-
     both = {name.split("_")[0] for name in train} & {name.split("_")[0] for name in test}
     if both:
         print(f"warning: {len(both)} patients are in both lists, such as {min(both)}; the test "
               "images are then not new to the networks")
-    files, train = those_there(files, partial), set(train)
-    part = np.array([name in train for name in files], bool)
-    return Data("cxr14", black_images(len(files), 1, size),
-                np.array(targets)[[combination[findings[name]] for name in files]],
-                CXR14_CLASSES, list(files),
-                np.flatnonzero(part), np.flatnonzero(~part), multilabel=True), files
+    return dict(files=files, part=["train"] * len(train) + ["test"] * len(test),
+                targets=targets[[combinations[findings[name]] for name in files]],
+                classes=CXR14_CLASSES, channels=1, multilabel=True)
 
 
 CHEXPERT_CLASSES = (
@@ -1056,39 +1059,27 @@ CHEXPERT_HELP = ("--root must name CheXpert-v1.0-small or CheXpert-v1.0, or the 
                  "https://stanfordmlgroup.github.io/competitions/chexpert")
 
 
-def load_chexpert(root, size, partial, uncertain, validation):
+def load_chexpert(root, uncertain):
     """CheXpert: 14 observations. All images of train.csv, frontal or lateral, split by patient.
 
-    Of the patients 70 % train, 10 % validate, 20 % test. validation=True tests on the 10 %, for
-    whoever looks for better settings; otherwise those are not used. There is no public list of test
-    images, and the 234 of valid.csv are too few for most findings. Returns as load_cxr14 does.
+    Of the patients 70 % train, 10 % validate, 20 % test. There is no public list of test images,
+    and the 234 of valid.csv are too few for most findings.
     """
     table = first_that_exists(CHEXPERT_HELP, *(
         root / folder / "train.csv" for folder in (".", "CheXpert-v1.0-small", "CheXpert-v1.0")))
-    header, *rows = csv.reader(read_lines(table) or ["-"])
-    if header[:1] != ["Path"] or header[5:] != CHEXPERT_CLASSES:
-        raise UserError(f"{table} does not have the columns of CheXpert's train.csv; get it again")
     # A blank is a finding that the report does not mention, -1 one that it leaves open.
     number = {"": 0, "0.0": 0, "1.0": 1, "-1.0": uncertain == "ones"}
-    findings, files = {}, {}
-    for row in rows:
-        # The path begins with the archive's name, whatever the folder is called now.
-        name = row[0].partition("/")[2] if row else ""
-        bad = [value for value in row[5:] if value not in number]
-        if bad or len(row) != len(header) or name.count("/") != 3 or name in files:
-            raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
-        findings[name] = [number[value] for value in row[5:]]
-        files[name] = f"{table.parent}/{name}"
-
-    patient = {name: name.split("/")[1] for name in files}
-    tested = share_of(patient.values(), 0, 0.2)
-    validated = share_of(patient.values(), 0.2, 0.3)
-    files, test_part = those_there(files, partial), validated if validation else tested
-    train = [patient[name] not in tested | validated for name in files]
-    test = [patient[name] in test_part for name in files]
-    return Data("chexpert", black_images(len(files), 1, size),
-                [findings[name] for name in files], CHEXPERT_CLASSES, list(files),
-                np.flatnonzero(train), np.flatnonzero(test), multilabel=True), files
+    header = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_CLASSES]
+    rows = read_table(table, lambda row: len(row) == len(header) and row[0].count("/") == 4
+                      and number.keys() >= set(row[5:]), header)
+    # The path begins with the archive's name, whatever the folder is called now.
+    targets = {row[0].partition("/")[2]: [number[value] for value in row[5:]] for row in rows}
+    patients = [name.split("/")[1] for name in targets]
+    part = dict.fromkeys(patients, "train") | dict.fromkeys(share_of(patients, 0, 0.2), "test")
+    part |= dict.fromkeys(share_of(patients, 0.2, 0.3), "validation")
+    return dict(files={name: f"{table.parent}/{name}" for name in targets},
+                part=[part[patient] for patient in patients], targets=list(targets.values()),
+                classes=CHEXPERT_CLASSES, channels=1, multilabel=True)
 
 
 ISIC_CLASSES = "MEL NV BCC AKIEC BKL DF VASC".split()
@@ -1098,43 +1089,32 @@ ISIC_HELP = ("--root must name a folder with ISIC2018_Task3_Training_GroundTruth
              "https://challenge.isic-archive.com/data/#2018")
 
 
-def load_isic2018(root, size, partial):
+def load_isic2018(root):
     """ISIC2018 task 3: photographs of skin lesions in 7 classes, one each.
 
     Of each class 80 % train and 20 % test. Where the file of lesion groupings is there, the images
-    of a lesion stay together: else the network is tested on lesions that it knows. Returns as
-    load_cxr14 does.
+    of a lesion stay together: else the network is tested on lesions that it knows.
     """
-    first_that_exists(ISIC_HELP, root)
     prefix = "ISIC2018_Task3_Training_"
     table = first_that_exists(ISIC_HELP, root / f"{prefix}GroundTruth" / f"{prefix}GroundTruth.csv",
                               root / f"{prefix}GroundTruth.csv")
-    header, *rows = csv.reader(read_lines(table) or ["-"])
-    if header != ["image", *ISIC_CLASSES]:
-        raise UserError(f"{table} does not have the columns image, {', '.join(ISIC_CLASSES)}")
-    target, files = {}, {}
-    for row in rows:
-        if row[1:].count("1.0") != 1 or row[1:].count("0.0") != 6 or row[0] in files:
-            raise UserError(f"{table}: bad or repeated line {','.join(row)!r:.80}; get it again")
-        target[row[0]] = row.index("1.0") - 1
-        files[row[0]] = f"{root}/{prefix}Input/{row[0]}.jpg"
-
+    rows = read_table(table, lambda row: sorted(row[1:]) == ["0.0"] * 6 + ["1.0"],
+                      ["image", *ISIC_CLASSES])
+    number = {row[0]: row.index("1.0") - 1 for row in rows}
     groupings = [file for folder in (root, table.parent)
                  if (file := folder / f"{prefix}LesionGroupings.csv").exists()]
-    lesion = {name: name for name in files}
+    lesion = {name: name for name in number}
     if groupings:
-        lesion |= {row[0]: row[1] for row in csv.reader(read_lines(groupings[0])[1:]) if row[1:]}
+        lesion |= {row[0]: row[1] for row in read_table(groupings[0], lambda row: len(row) > 1)}
     else:
         print(f"no {prefix}LesionGroupings.csv: images of one lesion may be in train and test")
     tested = set()
-    for number in range(len(ISIC_CLASSES)):
-        tested |= share_of((lesion[name] for name in files if target[name] == number), 0, 0.2)
-
-    files = those_there(files, partial)
-    part = np.array([lesion[name] in tested for name in files], bool)
-    return Data("isic2018", black_images(len(files), 3, size),
-                np.eye(len(ISIC_CLASSES))[[target[name] for name in files]], ISIC_CLASSES,
-                list(files), np.flatnonzero(~part), np.flatnonzero(part), multilabel=False), files
+    for one in range(len(ISIC_CLASSES)):
+        tested |= share_of((lesion[name] for name in number if number[name] == one), 0, 0.2)
+    return dict(files={name: f"{root}/{prefix}Input/{name}.jpg" for name in number},
+                part=["test" if lesion[name] in tested else "train" for name in number],
+                targets=np.eye(len(ISIC_CLASSES))[list(number.values())], classes=ISIC_CLASSES,
+                channels=3, multilabel=False)
 
 
 # MedMNIST (arXiv 2110.14795): for each set the classes, the images of its three splits, and for
@@ -1165,32 +1145,29 @@ def load_medmnist(name, root, size, cache):
         raise UserError(f"{file} is not the published file (MD5 {found}, not {checksums[side]}); "
                         "move it away and the same command downloads it")
     with np.load(file) as archive:
-        labels = {split: archive[f"{split}_labels"] for split in rows}
-        if {split: len(labels[split]) for split in rows} != rows:
+        labels = [archive[f"{split}_labels"] for split in rows]
+        if [len(part) for part in labels] != list(rows.values()):
             raise UserError(f"{file} does not have {' + '.join(map(str, rows.values()))} rows")
-        labels = np.concatenate(list(labels.values()))
+        labels, multilabel = np.concatenate(labels), name == "chestmnist"
         # To unpack the images takes a while, so it is done once.
         unpacked = Path(cache or root) / f"{file.stem}-{found[:16]}.npy"
         if not unpacked.exists():
             make_folder(unpacked.parent)
-            write_file(unpacked, lambda part: unpack_images(archive, rows, len(labels), part))
+            channels = 1 if multilabel else 3
+            write_file(unpacked, lambda part: unpack_images(archive, rows, channels, side, part))
     names = [f"{split}{index:05d}" for split in rows for index in range(rows[split])]
-    multilabel = labels.shape[1] == len(classes)
     targets = labels if multilabel else np.eye(len(classes))[labels[:, 0]]
     train, test = np.split(np.arange(len(labels)), [rows["train"] + rows["val"]])
     return Data(name, open_images(unpacked), targets, classes, names, train, test, multilabel)
 
 
-def unpack_images(archive, splits, count, path):
+def unpack_images(archive, rows, channels, side, path):
     """Write the images of a MedMNIST file, [n, H, W] or [n, H, W, 3], to a .npy [N, C, H, W]."""
-    images, start = None, 0
-    for split in splits:
-        block = archive[f"{split}_images"]
-        block = block[:, None] if block.ndim == 3 else block.transpose(0, 3, 1, 2)
-        if images is None:
-            images = new_images(path, (count, *block.shape[1:]))
-        images[start:start + len(block)] = block
-        start += len(block)
+    images, start = new_images(path, (sum(rows.values()), channels, side, side)), 0
+    for split, count in rows.items():
+        block = archive[f"{split}_images"].reshape(count, side, side, channels)
+        images[start:start + count] = block.transpose(0, 3, 1, 2)
+        start += count
     images.flush()
 
 
@@ -1218,20 +1195,21 @@ def first_that_exists(help, *paths):
     raise UserError(f"there is no {paths[0]}: {help}")
 
 
-def those_there(files, partial):
-    """The files {name: path} to use: all of them, or if partial those that exist."""
-    if not partial:
-        return files
-    there = {name: path for name, path in files.items() if os.path.exists(path)}
-    print(f"--partial: {len(there):,} of {len(files):,} images are there")
-    if not there:
-        raise UserError("there is no image to decode; download at least one archive of them")
-    return there
+def read_table(path, good, header=None):
+    """Yield the rows of a CSV file, lists of texts, but its header, which is checked if given.
 
-
-def black_images(count, channels, size):
-    """uint8 [count, channels, size, size] of zeros that take no memory, until there are images."""
-    return np.broadcast_to(np.uint8(0), (count, channels, size, size))
+    good(row) -> bool. UserError for a row that is not, or begins as an earlier one does.
+    """
+    rows = csv.reader(read_lines(path) or ["-"])
+    first = next(rows)
+    if header and first != header:
+        raise UserError(f"{path} does not have the columns {', '.join(header)}; get it again")
+    seen = set()
+    for row in rows:
+        if row[0] in seen or not good(row):
+            raise UserError(f"{path}: bad or repeated line {','.join(row)!r:.80}; get it again")
+        seen.add(row[0])
+        yield row
 
 
 def share_of(groups, low, high):
