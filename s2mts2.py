@@ -1884,7 +1884,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """A type for argparse: a finite int or float from low to high."""
+    """For argparse: a finite int or float from low to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
@@ -1892,7 +1892,7 @@ def number(kind, low, high=math.inf):
         return value
 
     parse.__name__ = kind.__name__
-    return parse
+    return dict(type=parse)
 
 
 def label_choice(text):
@@ -1906,70 +1906,63 @@ def label_choice(text):
     return value if value < 1 else int(value)
 
 
-# Of each switch: the initials of the subcommands that have it, its group in --help, itself, its
-# value and what it means, in brackets what holds without it; then what argparse must know.
-SHARE = number(float, 0, 1)
+# The switches in their groups in --help. Of each: the initials of the subcommands that have it,
+# itself, its value and what it means, in brackets what holds without it; then what argparse must
+# know.
 ON, ON_OFF = dict(action="store_true", default=None), dict(action=argparse.BooleanOptionalAction)
-SWITCHES = (
-    ("pfa", "images", "--data", "NAME", f"{', '.join(RECIPES)} (digits)",
-     dict(choices=list(RECIPES))),
-    ("pfea", "images", "--root", "DIR", "folder of the data (data/NAME)", {}),
-    ("pfea", "images", "--cache", "DIR", "folder for decoded images (that of --root)", {}),
-    ("pfea", "images", "--partial", "", "make do with the images that are there (off)", ON_OFF),
-    ("pfea", "images", "--uncertain", "AS",
-     "what CheXpert's open findings count as: zeros, ones (zeros)",
-     dict(choices=["zeros", "ones"])),
-    ("fea", "images", "--validation", "", "test on CheXpert's validation part (off)", ON_OFF),
-    ("pfea", "run", "--out", "DIR", "for the results (runs/NAME, or where the checkpoint is)", {}),
-    ("pfa", "run", "--fresh", "", "start over, whatever is in --out", ON),
-    ("pfea", "run", "--device", "NAME", "auto, cpu, cuda, cuda:1 or mps (auto)", {}),
-    ("pfa", "run", "--amp", "", "bfloat16 on CUDA (on)", ON_OFF),
-    ("pf", "run", "--seed", "N", "of weights, views and label draw (0)",
-     dict(type=number(int, 0))),
-    ("a", "run", "--seeds", "N", "runs of each row, from seed 0 on (3)",
-     dict(type=number(int, 2, 10**4))),
-    ("f", "method", "--from", "START",
-     "a pretrain.pt, scratch or imagenet (the newest pretrain.pt)", dict(dest="start")),
-    ("pfa", "method", "--arch", "NAME", "densenet121 or tiny",
-     dict(choices=["densenet121", "tiny"])),
-    ("pa", "method", "--init", "NAME", "random or imagenet weights",
-     dict(choices=["random", "imagenet"])),
-    ("pfa", "method", "--size", "PX", "side of a view in pixels", dict(type=number(int, 16, 4096))),
-    ("fa", "method", "--labels", "L", "share of each class, number of images, or file",
-     dict(type=label_choice)),
-    ("pfa", "method", "--epochs", "N", "passes over the images", dict(type=number(int, 1, 10**6))),
-    ("pfea", "method", "--batch", "N", "images in a step, of each kind",
-     dict(type=number(int, 2, 10**6))),
-    ("pf", "method", "--lr", "X", "learning rate in the first epoch",
-     dict(type=number(float, 0))),
-    ("pf", "method", "--teacher-momentum", "A", "share that the teacher keeps of itself",
-     dict(type=SHARE)),
-    ("p", "method", "--keys", "M", "key views of an image", dict(type=number(int, 1, 1000))),
-    ("p", "method", "--queue", "K", "negatives, in embeddings", dict(type=number(int, 1, 10**9))),
-    ("p", "method", "--dim", "D", "numbers in an embedding", dict(type=number(int, 1, 10**5))),
-    ("p", "method", "--temperature", "T", "divides the cosines of embeddings",
-     dict(type=number(float, 1e-3))),
-    ("p", "method", "--covariance-weight", "LAMBDA", "c in the last epoch, 1 is that of the bound",
-     dict(type=number(float, 0))),
-    ("f", "method", "--consistency", "W", "the unlabelled images' weight grows towards it",
-     dict(type=number(float, 0))),
-)
+SWITCHES = dict(
+    images=(
+        ("pfa", "--data", "NAME", f"{', '.join(RECIPES)} (digits)", dict(choices=[*RECIPES])),
+        ("pfea", "--root", "DIR", "folder of the data (data/NAME)", {}),
+        ("pfea", "--cache", "DIR", "folder for decoded images (that of --root)", {}),
+        ("pfea", "--partial", "", "make do with the images that are there (off)", ON_OFF),
+        ("pfea", "--uncertain", "AS", "CheXpert's open findings count as zeros, or as ones (zeros)",
+         dict(choices=["zeros", "ones"])),
+        ("fea", "--validation", "", "test on CheXpert's validation part (off)", ON_OFF)),
+    run=(
+        ("pfea", "--out", "DIR", "for the results (runs/NAME, or where the checkpoint is)", {}),
+        ("pfa", "--fresh", "", "start over, whatever is in --out", ON),
+        ("pfea", "--device", "NAME", "auto, cpu, cuda, cuda:1 or mps (auto)", {}),
+        ("pfa", "--amp", "", "bfloat16 on CUDA (on)", ON_OFF),
+        ("pf", "--seed", "N", "of weights, views and label draw (0)", number(int, 0)),
+        ("a", "--seeds", "N", "runs of each row, from seed 0 on (3)", number(int, 2, 10**4))),
+    method=(
+        ("f", "--from", "START", "a pretrain.pt, scratch or imagenet (the newest pretrain.pt)",
+         dict(dest="start")),
+        ("pfa", "--arch", "NAME", "densenet121 or tiny", dict(choices=["densenet121", "tiny"])),
+        ("pa", "--init", "NAME", "random or imagenet weights",
+         dict(choices=["random", "imagenet"])),
+        ("pfa", "--size", "PX", "side of a view in pixels", number(int, 16, 4096)),
+        ("fa", "--labels", "L", "share of each class, number of images, or file",
+         dict(type=label_choice)),
+        ("pfa", "--epochs", "N", "passes over the images", number(int, 1, 10**6)),
+        ("pfea", "--batch", "N", "images in a step, of each kind", number(int, 2, 10**6)),
+        ("pf", "--lr", "X", "learning rate in the first epoch", number(float, 0)),
+        ("pf", "--teacher-momentum", "A", "share that the teacher keeps of itself",
+         number(float, 0, 1)),
+        ("p", "--keys", "M", "key views of an image", number(int, 1, 1000)),
+        ("p", "--queue", "K", "negatives, in embeddings", number(int, 1, 10**9)),
+        ("p", "--dim", "D", "numbers in an embedding", number(int, 1, 10**5)),
+        ("p", "--temperature", "T", "divides the cosines of embeddings", number(float, 1e-3)),
+        ("p", "--covariance-weight", "LAMBDA", "c in the last epoch, 1 is that of the bound",
+         number(float, 0)),
+        ("f", "--consistency", "W", "the unlabelled images' weight grows towards it",
+         number(float, 0))))
 
 
 def add_switches(parser, stage):
     """The switches of a subcommand. None has a default here: parse_args sees to that."""
-    groups = {}
-    for stages, group, switch, value, text, keywords in SWITCHES:
-        if stage[0] not in stages:
-            continue
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        # What the recipes say for the smallest set and for the paper's.
-        recipes = [RECIPES[data].get(stage, {}).get(dest(switch)) for data in ("digits", "cxr14")]
-        if None not in recipes and "(" not in text:
-            text += " (digits {}, cxr14 {})".format(*recipes)
-        metavar = dict(metavar=value) if value else {}
-        groups[group].add_argument(switch, help=text, **metavar, **keywords)
+    for title, switches in SWITCHES.items():
+        group = parser.add_argument_group(title)
+        for stages, switch, value, text, keywords in switches:
+            if stage[0] in stages:
+                # What the recipes say for the smallest set and for the paper's.
+                recipes = [RECIPES[data].get(stage, {}).get(dest(switch))
+                           for data in ("digits", "cxr14")]
+                if None not in recipes and "(" not in text:
+                    text += " (digits {}, cxr14 {})".format(*recipes)
+                metavar = dict(metavar=value) if value else {}
+                group.add_argument(switch, help=text, **metavar, **keywords)
 
 
 def dest(switch):
@@ -1980,7 +1973,7 @@ def dest(switch):
 def words_for(stage, given):
     """The given settings {name: value} that a stage has switches for, as words for its command."""
     words = []
-    for stages, _, switch, *_ in SWITCHES:
+    for stages, switch, *_ in [row for switches in SWITCHES.values() for row in switches]:
         value = given.get(dest(switch))
         if stage[0] in stages and value is not None and switch not in ("--out", "--fresh"):
             words += [switch, str(value)] if not isinstance(value, bool) else [
@@ -2007,46 +2000,42 @@ def parse_args(argv=None):
         if stage == "evaluate":
             command.add_argument("checkpoint", help="(newest finetune.pt under runs/)", nargs="?")
         add_switches(command, stage)
-    given = vars(parser.parse_args(argv))
-    if PROCESSES > 1 and given["stage"] != "pretrain":
-        raise UserError(f"{given['stage']} runs in one process: start it without torchrun")
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items()
+             if value is not None}
+    stage = given["stage"]
+    if PROCESSES > 1 and stage != "pretrain":
+        raise UserError(f"{stage} runs in one process: start it without torchrun")
     settled = dict(root=None, cache=None, partial=False, uncertain="zeros", validation=False,
-                   out=None, device="auto", amp=True, batch=64)
+                   out=None, device="auto", amp=True, batch=64, seed=0, fresh=False)
 
-    if given["stage"] == "evaluate":
-        path = given.get("checkpoint") or newest("finetune")
-        settled |= inherited(path, "finetune") | dict(checkpoint=path) | given
-        check_settings(settled, given)
-        return argparse.Namespace(**settled)
-    if given["stage"] == "ablate":
+    if stage == "pretrain":
         data = given.get("data", "digits")
-        settled |= dict(data=data, out=f"runs/{data}/ablation", seeds=3, fresh=False) | given
-        settled["switches"] = {stage: words_for(stage, given) for stage in ("pretrain", "finetune")}
-        for stage, words in settled["switches"].items():
-            # What one of its runs would refuse is refused before the first of them.
-            parse_args([stage, *words, *["--from", "scratch"][:2 * (stage == "finetune")]])
-        return argparse.Namespace(**settled)
-    settled |= dict(seed=0, fresh=False)
-    if given["stage"] == "pretrain":
-        data = given.get("data", "digits")
-        settled |= recipe(data, "pretrain")
-    else:
+        settled |= recipe(data, stage) | dict(data=data)
+    elif stage == "finetune":
         start = given.get("start") or str(newest("pretrain", given.get("data")))
-        if start in ("scratch", "imagenet"):
-            data = given.get("data", "digits")
-            theirs = dict(arch=RECIPES[data]["pretrain"]["arch"])
-        else:
-            theirs = inherited(start, "pretrain")
-            data = given.get("data", theirs["data"])
-            if data != theirs["data"]:
-                theirs = dict(arch=theirs["arch"])
+        theirs = {} if start in ("scratch", "imagenet") else inherited(start, "pretrain")
+        data = given.get("data") or theirs.get("data", "digits")
+        first = recipe(data, "pretrain")
+        if theirs and theirs["data"] != data:
+            theirs = dict(arch=theirs["arch"])
+        elif theirs and theirs["size"] == first["size"]:
             # A size of the user's own holds for both stages; the recipe may have one for each.
-            elif theirs["size"] == recipe(data, "pretrain")["size"]:
-                del theirs["size"]
-        settled |= recipe(data, "finetune") | theirs | dict(start=start)
-    settled |= dict(data=data) | given
-    check_settings(settled, given)
+            del theirs["size"]
+        settled |= (recipe(data, stage) | dict(arch=first["arch"]) | theirs
+                    | dict(data=data, start=start))
+    elif stage == "evaluate":
+        path = given.get("checkpoint") or newest("finetune")
+        settled |= inherited(path, "finetune") | dict(checkpoint=path)
+    elif stage == "ablate":
+        data = given.get("data", "digits")
+        settled |= dict(data=data, out=f"runs/{data}/ablation", seeds=3)
+        settled["switches"] = {each: words_for(each, given) for each in ("pretrain", "finetune")}
+        # What one of its runs would refuse is refused before the first of them.
+        parse_args(["pretrain", *settled["switches"]["pretrain"]])
+        parse_args(["finetune", "--from", "scratch", *settled["switches"]["finetune"]])
+    settled |= given
+    if stage != "ablate":
+        check_settings(settled, given)
     return argparse.Namespace(**settled)
 
 

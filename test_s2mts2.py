@@ -1572,7 +1572,7 @@ def test_every_switch_is_read_and_explained_on_one_screen(stage, capsys):
     text = capsys.readouterr().out
     assert text.count("\n") <= 40 and max(map(len, text.splitlines())) <= 100
     source = SCRIPT.read_text()
-    for stages, _, switch, _, words, keywords in s2mts2.SWITCHES:
+    for stages, switch, _, words, keywords in (row for rows in s2mts2.SWITCHES.values() for row in rows):
         if stage[0] in stages:
             name = keywords.get("dest", switch[2:].replace("-", "_"))
             assert f"{switch} " in text or f"{switch}," in text
