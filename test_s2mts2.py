@@ -239,6 +239,26 @@ def test_isic_is_split_by_class_and_lesion(tmp_path, groupings, capsys):
     assert groupings != ("images of one lesion may be in train and test" in capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("make, file, spoil, words", [
+    (chexpert, "train.csv", lambda text: text.replace("AP/PA", "PA/AP"), "does not have the columns Path, Sex"),
+    (chexpert, "train.csv", lambda text: "", "does not have the columns"),
+    (chexpert, "train.csv", lambda text: text.replace("0.0", "0.5", 1), "repeated line .*patient"),
+    (chexpert, "train.csv", lambda text: text[:-2].rpartition(",")[0], "repeated line .*patient00039"),
+    (chexpert, "train.csv", lambda text: text.replace("study1/", "", 1), "repeated line .*patient00000"),
+    (chexpert, "train.csv", lambda text: text + text.splitlines()[1], "repeated line .*patient00000"),
+    (isic, "{0}GroundTruth/{0}GroundTruth.csv", lambda text: text.replace(",VASC", ""), "columns image, MEL"),
+    (isic, "{0}GroundTruth/{0}GroundTruth.csv", lambda text: text.replace("1.0", "0.0", 1), "repeated line .*ISIC_"),
+    (isic, "{0}GroundTruth/{0}GroundTruth.csv", lambda text: text.replace("0.0", "1.0", 1), "repeated line .*ISIC_"),
+    (isic, "{0}LesionGroupings.csv", lambda text: text + "ISIC_0024306\n", "repeated line .*ISIC_0024306"),
+])
+def test_broken_tables_of_the_other_sets_are_named(tmp_path, make, file, spoil, words):
+    path = make(tmp_path) / file.format("ISIC2018_Task3_Training_")
+    path.write_text(spoil(path.read_text()))
+    with pytest.raises(UserError, match=words):
+        s2mts2.load_data(make.__name__.replace("isic", "isic2018"), tmp_path, size=24)
+    assert not list(tmp_path.rglob("*px-*"))
+
+
 def medmnist(monkeypatch, root, name, side=28, rows=(20, 4, 6), seed=0):
     """A file of MedMNIST's shape, whose checksum and row counts the program knows."""
     draw, classes = np.random.default_rng(seed), s2mts2.MEDMNIST[name][0]
@@ -1231,6 +1251,10 @@ def test_stage_2_takes_over_the_size_only_if_the_user_chose_it():
     assert parse_args("finetune --from theirs.pt".split()).size == 64
     args = parse_args("finetune --from theirs.pt --data digits".split())
     assert args.root is None and not args.partial
+    # The images of another set do not change what network it is.
+    saved["settings"]["arch"] = "densenet121"
+    torch.save(saved, "theirs.pt")
+    assert parse_args("finetune --from theirs.pt --data digits".split()).arch == "densenet121"
 
 
 def test_learning_rates_follow_their_schedules():
@@ -1286,6 +1310,8 @@ def edit(root, name, change):
         (root / "images/00000002_002.png").read_bytes()[:300]), ["00000002_001.png"]),
     (lambda root: edit(root, "Data_Entry_2017_v2020.csv", lambda text: text.replace("Effusion", "Confusion", 1)),
      ["Confusion", "00000001_000.png"]),
+    (lambda root: edit(root, "Data_Entry_2017_v2020.csv", lambda text: text.replace("Effusion", "No Finding|Mass", 1)),
+     ["No Finding|Mass", "00000001_000.png"]),
     (lambda root: edit(root, "Data_Entry_2017_v2020.csv", lambda text: text + text.splitlines()[1]),
      ["00000000_000.png"]),
     (lambda root: edit(root, "Data_Entry_2017_v2020.csv", lambda text: text + "nonsense\n"), ["nonsense"]),
@@ -1501,7 +1527,8 @@ def test_only_a_lack_of_memory_is_the_users_to_mend(monkeypatch, capsys):
 @pytest.mark.parametrize("command", [
     "pretrain --root x", "pretrain --partial", "pretrain --data cxr14 --uncertain ones", "finetune --from scratch --validation",
     "ablate --seeds 1", "ablate --lr 3", "ablate --epochs 0", "ablate --size 8", "ablate --arch densenet121 --size 20",
-    "ablate --data mnist", "ablate --labels -1", "ablate --seed 1", "pretrain --epoch 2"])
+    "ablate --data mnist", "ablate --labels -1", "ablate --seed 1", "ablate --init imagenet --arch tiny",
+    "ablate --labels nowhere.txt", "pretrain --epoch 2"])
 def test_switches_without_a_meaning_are_refused(command, capsys):
     assert main(command.split()) == 2
     err = capsys.readouterr().err
