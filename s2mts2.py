@@ -145,12 +145,12 @@ class Data:
         count, split = len(self.images), np.concatenate([self.train, self.test])
         is_image = self.images.ndim == 4 and self.images.shape[1] in (1, 3)
         for fits, rule in (
+            (len(self.train) and len(self.test), "train and test must not be empty"),
             (is_image and self.images.dtype == np.uint8, "images must be uint8 [N, 1 or 3, H, W]"),
             (self.targets.shape == (count, len(self.classes)), "targets must be [images, classes]"),
             (((self.targets == 0) | (self.targets == 1)).all(), "targets must be 0 or 1"),
             (self.multilabel or (self.targets.sum(1) == 1).all(), "targets must be one-hot"),
             (len(set(self.names)) == len(self.names) == count, "each image needs its own name"),
-            (len(self.train) and len(self.test), "train and test must not be empty"),
             (((split >= 0) & (split < count)).all(), "the split must index images"),
             (len(np.unique(split)) == len(split), "an image must not be in the split twice"),
         ):
@@ -187,25 +187,7 @@ def load_data(name, root=None, size=None, cache=None, uncertain="zeros", partial
     else:
         raise UserError(f"there is no data set {name!r}; choose from {', '.join(RECIPES)}, or for "
                         "stage 2 another checkpoint with --from")
-
-    files, part, targets = found["files"], np.array(found["part"]), np.array(found["targets"])
-    if partial:
-        there = np.array([os.path.exists(path) for path in files.values()])
-        print(f"--partial: {there.sum():,} of {len(there):,} images are there")
-        if not there.any():
-            raise UserError("there is no image to decode; download at least one archive of them")
-        files = dict(pair for pair, exists in zip(files.items(), there, strict=True) if exists)
-        part, targets = part[there], targets[there]
-    # Zeros that take no memory.
-    black = np.broadcast_to(np.uint8(0), (len(files), found["channels"], size, size))
-    train = np.flatnonzero(part == "train")
-    test = np.flatnonzero(part == ("validation" if validation else "test"))
-    data = Data(name, black, targets, found["classes"], list(files), train, test,
-                found["multilabel"])
-    if check:
-        check(data)
-    data.images = decode_images(files, size, found["channels"], cache or root)
-    return data
+    return from_folder(name, found, size, cache or root, partial, validation, check)
 
 
 def load_digits():
@@ -1000,7 +982,7 @@ def ablate(args):
 
 # What a load_* function of a folder of images returns: files {name: path}, and in their order the
 # part of the split of each ("train", "test" or "validation") and the targets [files, classes]; then
-# what all images have in common. load_data makes a Data of it.
+# what all images have in common. from_folder makes a Data of it.
 
 CXR14_CLASSES = (
     "Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax "
@@ -1184,6 +1166,28 @@ def download(url, file, checksum):
                         f"download it by hand and put it at {file}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def from_folder(name, found, size, cache, partial, validation, check):
+    """The Data of a folder of images: found by a load_* function, the rest as for load_data."""
+    files, part, targets = found["files"], np.array(found["part"]), np.array(found["targets"])
+    if partial:
+        there = np.array([os.path.exists(path) for path in files.values()], bool)
+        print(f"--partial: {there.sum():,} of {len(there):,} images are there")
+        if not there.any():
+            raise UserError("there is no image to decode; download at least one archive of them")
+        files = dict(pair for pair, exists in zip(files.items(), there, strict=True) if exists)
+        part, targets = part[there], targets[there]
+    # Zeros that take no memory.
+    black = np.broadcast_to(np.uint8(0), (len(files), found["channels"], size, size))
+    train = np.flatnonzero(part == "train")
+    test = np.flatnonzero(part == ("validation" if validation else "test"))
+    data = Data(name, black, targets, found["classes"], list(files), train, test,
+                found["multilabel"])
+    if check:
+        check(data)
+    data.images = decode_images(files, size, found["channels"], cache)
+    return data
 
 
 def first_that_exists(help, *paths):
