@@ -1007,21 +1007,23 @@ def load_cxr14(root):
     combinations = {text: number for number, text in enumerate(dict.fromkeys(findings.values()))}
     targets = np.array([[finding in text.split("|") for finding in CXR14_CLASSES]
                         for text in combinations])
-    for text, row in zip(combinations, targets, strict=True):
-        if row.sum() != len(text.split("|")) * (text != "No Finding"):
+    for text in combinations:
+        unknown = set(text.split("|")) - set(CXR14_CLASSES)
+        if unknown and text != "No Finding":
             image = next(name for name in findings if findings[name] == text)
-            raise UserError(f"{table}: unknown label in {text!r} of image {image}; known are No "
-                            f"Finding, {', '.join(CXR14_CLASSES)}")
+            raise UserError(f"{table}: unknown label {min(unknown)!r} of image {image}; known are, "
+                            f"beside No Finding alone, {', '.join(CXR14_CLASSES)}")
 
     # Folders as texts, not Paths: to make 112,120 of those would take a second.
     folder_of, files = {}, {}
     for folder in filter(os.path.isdir, map(str, folders)):
         folder_of |= dict.fromkeys(os.listdir(folder), folder)
     for name in train + test:
-        if name in files or name not in findings:
-            raise UserError(f"image {name} is in train_val_list.txt or test_list.txt, but " + (
-                "twice; once is allowed" if name in files else
-                f"not in {table}; take files of one release"))
+        if name in files:
+            raise UserError(f"image {name} is twice in train_val_list.txt and test_list.txt; once "
+                            "is allowed")
+        if name not in findings:
+            raise UserError(f"image {name} is in a list, not in {table}; take files of one release")
         files[name] = f"{folder_of.get(name, folders[0])}/{name}"
     both = {name.split("_")[0] for name in train} & {name.split("_")[0] for name in test}
     if both:
@@ -1044,18 +1046,23 @@ CHEXPERT_HELP = ("--root must name CheXpert-v1.0-small or CheXpert-v1.0, or the 
 def load_chexpert(root, uncertain):
     """CheXpert: 14 observations. All images of train.csv, frontal or lateral, split by patient.
 
-    Of the patients 70 % train, 10 % validate, 20 % test. There is no public list of test images,
-    and the 234 of valid.csv are too few for most findings.
+    Of the patients 70 % train, 20 % test; 10 % are for whoever looks for better settings, with
+    validation. There is no public list of test images, and the 234 of valid.csv are too few for
+    most findings.
     """
     table = first_that_exists(CHEXPERT_HELP, *(
         root / folder / "train.csv" for folder in (".", "CheXpert-v1.0-small", "CheXpert-v1.0")))
     # A blank is a finding that the report does not mention, -1 one that it leaves open.
     number = {"": 0, "0.0": 0, "1.0": 1, "-1.0": uncertain == "ones"}
     header = ["Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT_CLASSES]
-    rows = read_table(table, lambda row: len(row) == len(header) and row[0].count("/") == 4
-                      and number.keys() >= set(row[5:]), header)
-    # The path begins with the archive's name, whatever the folder is called now.
-    targets = {row[0].partition("/")[2]: [number[value] for value in row[5:]] for row in rows}
+
+    def name_of(row):
+        # The path begins with the archive's name, whatever the folder is called now.
+        return row[0].partition("/")[2]
+
+    rows = read_table(table, lambda row: len(row) == len(header) and name_of(row).count("/") == 3
+                      and number.keys() >= set(row[5:]), header, name_of)
+    targets = {name_of(row): [number[value] for value in row[5:]] for row in rows}
     patients = [name.split("/")[1] for name in targets]
     part = dict.fromkeys(patients, "train") | dict.fromkeys(share_of(patients, 0, 0.2), "test")
     part |= dict.fromkeys(share_of(patients, 0.2, 0.3), "validation")
@@ -1082,20 +1089,20 @@ def load_isic2018(root):
                               root / f"{prefix}GroundTruth.csv")
     rows = read_table(table, lambda row: sorted(row[1:]) == ["0.0"] * 6 + ["1.0"],
                       ["image", *ISIC_CLASSES])
-    number = {row[0]: row.index("1.0") - 1 for row in rows}
+    column = {row[0]: row.index("1.0") - 1 for row in rows}
     groupings = [file for folder in (root, table.parent)
                  if (file := folder / f"{prefix}LesionGroupings.csv").exists()]
-    lesion = {name: name for name in number}
+    lesion = {name: name for name in column}
     if groupings:
         lesion |= {row[0]: row[1] for row in read_table(groupings[0], lambda row: len(row) > 1)}
     else:
         print(f"no {prefix}LesionGroupings.csv: images of one lesion may be in train and test")
     tested = set()
-    for one in range(len(ISIC_CLASSES)):
-        tested |= share_of((lesion[name] for name in number if number[name] == one), 0, 0.2)
-    return dict(files={name: f"{root}/{prefix}Input/{name}.jpg" for name in number},
-                part=["test" if lesion[name] in tested else "train" for name in number],
-                targets=np.eye(len(ISIC_CLASSES))[list(number.values())], classes=ISIC_CLASSES,
+    for each in range(len(ISIC_CLASSES)):
+        tested |= share_of((lesion[name] for name in column if column[name] == each), 0, 0.2)
+    return dict(files={name: f"{root}/{prefix}Input/{name}.jpg" for name in column},
+                part=["test" if lesion[name] in tested else "train" for name in column],
+                targets=np.eye(len(ISIC_CLASSES))[list(column.values())], classes=ISIC_CLASSES,
                 channels=3, multilabel=False)
 
 
@@ -1144,7 +1151,10 @@ def load_medmnist(name, root, size, cache):
 
 
 def unpack_images(archive, rows, channels, side, path):
-    """Write the images of a MedMNIST file, [n, H, W] or [n, H, W, 3], to a .npy [N, C, H, W]."""
+    """Write the images of a MedMNIST file, [n, H, W] or [n, H, W, 3], to a .npy [N, C, H, W].
+
+    rows  {split: its number of images}    side  int, height and width
+    """
     images, start = new_images(path, (sum(rows.values()), channels, side, side)), 0
     for split, count in rows.items():
         block = archive[f"{split}_images"].reshape(count, side, side, channels)
@@ -1199,21 +1209,22 @@ def first_that_exists(help, *paths):
     raise UserError(f"there is no {paths[0]}: {help}")
 
 
-def read_table(path, good, header=None):
+def read_table(path, good, header=None, key=lambda row: row[0]):
     """Yield the rows of a CSV file, lists of texts, but its header, which is checked if given.
 
-    good(row) -> bool. UserError for a row that is not, or begins as an earlier one does.
+    UserError, while the rows are taken, for one that is not good(row) or has the key of another.
     """
-    rows = csv.reader(read_lines(path) or ["-"])
-    first = next(rows)
-    if header and first != header:
-        raise UserError(f"{path} does not have the columns {', '.join(header)}; get it again")
-    seen = set()
-    for row in rows:
-        if row[0] in seen or not good(row):
-            raise UserError(f"{path}: bad or repeated line {','.join(row)!r:.80}; get it again")
-        seen.add(row[0])
-        yield row
+    lines, seen = read_lines(path), set()
+    try:
+        if header and header not in csv.reader(lines[:1]):
+            raise UserError(f"{path} does not have the columns {', '.join(header)}; get it again")
+        for row in csv.reader(lines[1:]):
+            if key(row) in seen or not good(row):
+                raise UserError(f"{path}: bad or repeated line {','.join(row)!r:.80}; get it again")
+            seen.add(key(row))
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path}: not a table ({error}); get it again") from None
 
 
 def share_of(groups, low, high):
@@ -1888,7 +1899,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf):
-    """For argparse: a finite int or float from low to high."""
+    """Keywords for argparse: a finite int or float from low to high."""
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
