@@ -1219,9 +1219,10 @@ def read_table(path, good, header=None, key=lambda row: row[0]):
         if header and header not in csv.reader(lines[:1]):
             raise UserError(f"{path} does not have the columns {', '.join(header)}; get it again")
         for row in csv.reader(lines[1:]):
-            if key(row) in seen or not good(row):
+            name = key(row)
+            if name in seen or not good(row):
                 raise UserError(f"{path}: bad or repeated line {','.join(row)!r:.80}; get it again")
-            seen.add(key(row))
+            seen.add(name)
             yield row
     except csv.Error as error:
         raise UserError(f"{path}: not a table ({error}); get it again") from None
