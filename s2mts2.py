@@ -41,18 +41,18 @@ Symbols of the paper, names in this file, shapes:
     q, k_m, n_j   query [N, D], keys [N, M, D], queue [K, D]: embeddings and negatives
     mu, Sigma     mean (it enters the queue) and covariance (never formed) of the keys of an image
     t             temperature
-    c, lambda     covariance_weight; c increases up to lambda, which is args.covariance_weight
+    c, lambda     covariance_weight, and its value in the last epoch, args.covariance_weight
     a, w          teacher_momentum, the EMA decay; weight of the consistency loss
     p, p'         probabilities [N, C] of student and teacher
 N images in a batch, M keys of an image, D dimensions of an embedding, K negatives, C classes.
 
-A tag names the source of the sentences after it: [paper], [authors' code] (github.com/FBLADL/
-semi-chest), [Mean Teacher] (arXiv 1703.01780), [JCL] (joint contrastive loss, arXiv 2009.14776),
-[MoCo] (arXiv 1911.05722), [ACPL] (github.com/FBLADL/ACPL, the authors' label lists), [our choice];
-[plumbing] is code that is not part of the method.
+A tag names the source of the sentence or paragraph that it is in: [paper], [authors' code]
+(github.com/FBLADL/semi-chest), [Mean Teacher] (arXiv 1703.01780), [JCL] (joint contrastive loss,
+arXiv 2009.14776), [MoCo] (arXiv 1911.05722), [ACPL] (github.com/FBLADL/ACPL, the authors' label
+lists), [our choice]. [plumbing] is code that is not part of the method.
 
 Map: 1 settings   2 network and teacher   3 joint contrastive loss   4 stage 1   5 stage 2
-     6 evaluation   -- a first reader can stop there --   7 report and ablation   8 views   9 data
+     6 evaluation   -- a first reader can stop there --   7 metrics, report, ablation   8 views
      9 data   10 runs and checkpoints   11 devices and processes   12 command line
 """
 
@@ -77,7 +77,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn import datasets, metrics, model_selection
 from torch import distributed, nn
 from tqdm import tqdm
@@ -95,7 +95,8 @@ def require(condition, message):
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 
-# One column for each recipe; a single value holds for all. The command line overrides any value.
+# One column for each recipe; a single value holds for all. An option of the command line (--help)
+# overrides its row; edit the other rows here.
 #   cxr14, chexpert, isic2018   [authors' code] unless a row says otherwise. For DenseNet-121.
 #   digits                      [our choice] Tuned on a held-out fifth of the training images.
 #   small                       [our choice] Your own images, and --arch tiny on all but digits.
@@ -106,7 +107,7 @@ RECIPES = ("cxr14", "chexpert", "isic2018", "digits", "small")
 PRETRAIN = dict(
     arch=("densenet121", "densenet121", "densenet121", "tiny", "tiny"),
     init=("imagenet", "imagenet", "imagenet", "random", "random"),
-    # Side of a view, pixels. [our choice] 224; the authors' default is 256 for all three.
+    # Side of a view, pixels. [our choice] 224 for chexpert and isic2018; the authors use 256.
     size=(256, 224, 224, 32, 32),
     # Passes over the training images; images in a step.
     epochs=(100, 100, 100, 60, 45),
@@ -120,8 +121,9 @@ PRETRAIN = dict(
     keys=(2, 5, 5, 2, 2),
     dim=128,
     queue=(65536, 65536, 65536, 512, 4096),
-    # t, in units of cosine similarity; [JCL] 0.2. lambda, c in the last epoch; [JCL] also 2.
+    # t, in units of cosine similarity; [JCL] 0.2.
     temperature=(0.07, 0.07, 0.07, 0.4, 0.07),
+    # lambda, the value of c in the last epoch; [JCL] also 2.
     covariance_weight=2.0,
     # Strengths of the views, see PLAIN. [our choice] The vertical flip of isic2018.
     centre=(0.0, 0.0, 0.25, 0.0, 0.0),
@@ -142,20 +144,21 @@ PRETRAIN = dict(
 # and 10 epochs of supervised loss only. Epochs, EMA decay and consistency weight are from the older
 # scripts for CheXpert and ISIC2018.
 FINETUNE = dict(
-    # [our choice] 224.
+    # [our choice] 224 for chexpert and isic2018.
     size=(512, 224, 224, 32, 64),
     epochs=(30, 30, 80, 14, 10),
     # Labelled images in a step; the unlabelled images are as many.
     batch=(16, 64, 16, 32, 64),
     # AdamW; without weight decay it is Adam. This eps is far above most gradients, so a step is
     # nearly that of SGD with a learning rate of lr / eps = 0.5. With few labels these large steps
-    # can overwrite the features of stage 1, unless w is large early (small).
+    # can overwrite the features of stage 1. In the recipe small w is therefore large early.
     lr=(0.05, 0.05, 0.05, 0.1, 0.05),
     beta1=0.9, beta2=0.99, eps=0.1,
     weight_decay=(0.0, 0.01, 0.0, 0.0, 0.0),
     schedule=("steps", "cosine", "cosine", "cosine", "cosine"),
     teacher_momentum=(0.999, 0.999, 0.999, 0.97, 0.99),
-    # Largest weight w of the consistency loss; fraction of the epochs in which w increases to it.
+    # Weight w of the consistency loss; fraction of the epochs in which w increases to it. w is 0 in
+    # the first epoch. With ramp = 1 it is (epochs - 1) / epochs of its value in the last.
     consistency=(1.0, 1.0, 1.0, 200.0, 50.0),
     ramp=(1.0, 1.0, 1.0, 1.0, 0.33),
     # Labels in use, see choose_labelled. [our choice] CheXpert: the authors' lists are unpublished.
@@ -218,9 +221,8 @@ def make_teacher(student):
     BatchNorm of the teacher. In stage 1 and 2 it normalises with the statistics of its batch. In
     stage 2 this batch has unlabelled images only; the student's batch has both kinds. In evaluation
     it uses running statistics: [our choice] the EMA of the student's, not changed by the teacher's
-    own passes. Why not in training: they describe past weights of the student, not the weights of
-    the teacher. Measured on digits: stage 1 then does not learn. Its loss stays at log(K + 1),
-    chance level.
+    own passes. In training they would describe past students, not the present teacher. Measured on
+    digits: stage 1 then does not learn. Its loss stays at log(K + 1), chance level.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
@@ -340,7 +342,7 @@ def pretrain(data, args):
         # [plumbing] Sets the learning rate and seeds torch.
         run.start_epoch(epoch)
         # [authors' code] Sigma means little while the network is untrained, so c increases. With
-        # lambda = 2 it passes the bound's c = 1 half way.
+        # lambda = 2, c reaches 1, the value of the bound, in the middle of training.
         covariance_weight = args.covariance_weight * (epoch + 1) / args.epochs
         for indices in batches(data.train, steps, args, epoch):
             images = take(data, indices, device)              # uint8 [N, channels, height, width]
@@ -377,8 +379,8 @@ def enqueue(queue, means):
 # Labels say what the classes are. Unlabelled images say where a prediction must not change: student
 # and teacher see two views of an image and should predict the same. The teacher provides the target
 # and is evaluated, because an average over many steps is more accurate than one. [Mean Teacher]
-# [our choice] An epoch shows each unlabelled image once; the labelled images repeat. The number of
-# steps is the same without unlabelled images, so that runs can be compared.
+# [our choice] An epoch shows each unlabelled image about once; the labelled images repeat. Without
+# unlabelled images the number of steps is the same, so that runs can be compared.
 
 
 def finetune(data, args):
@@ -487,7 +489,7 @@ def evaluate(network, data, indices, size, batch=64):
 
 @torch.no_grad()
 def predict_batch(network, images, size, multilabel):
-    """Probabilities float32 [N, C] of images uint8 [N, channels, height, width], an array.
+    """Probabilities of images, a uint8 tensor [N, channels, height, width]: float32 array [N, C].
 
     Without bfloat16: it has so few digits that images would have equal probabilities.
     """
@@ -610,7 +612,7 @@ def ablate(args):
 
 # The strengths of a view. All zero: no random change, for evaluation.
 PLAIN = dict(
-    # Fraction of the width that is cut off, half of it on each side, before anything else.
+    # Fraction of the width that is removed, half of it on each side, before the crop.
     centre=0.0,
     # Random crop: largest fraction of the area that is cut off; 0.8 is torchvision's (0.2, 1).
     crop=0.0,
@@ -800,7 +802,7 @@ class Data:
         require(self.targets.shape == (count, len(self.classes)), "targets must be [n, classes]")
         used = np.concatenate([self.train, self.test])
         require(len(self.train) and len(self.test) and 0 <= used.min() and used.max() < count,
-                "train and test must be indices of images, and not empty")
+                "train and test must be indices of images, and not empty (see column split)")
         last = {name: index for index, name in enumerate(self.names)}
         tested = np.isin(np.arange(count), self.test)
         for right, rule in (
@@ -823,7 +825,7 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
 
     name       digits, cxr14, chexpert, isic2018, a folder with labels.csv, or a MedMNIST .npz file
     root       folder of cxr14, chexpert or isic2018; data/<name> unless given
-    size       side in pixels to which image files are resized once
+    size       side in pixels to which image files are resized when they are decoded
     cache      folder for the resized images; the folder of the data unless given
     uncertain  CheXpert's -1: "zeros", "ones", or "ignore" (not known)
     partial    bool: use only the image files that are there
@@ -847,7 +849,10 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
             images = np.broadcast_to(np.uint8(0), (len(names), channels, size, size))
             title = name if name in loaders else root.resolve().name
             data = Data(title, images, targets, classes, names, train, test, multilabel)
-            data.images = decode_all(names, paths, size, channels, Path(cache or root))
+            # Two folders may have files of the same names.
+            own = f"{title}-{zlib.crc32(str(root.resolve()).encode()):08x}"
+            folder = Path(cache, own) if cache else root
+            data.images = decode_all(names, paths, size, channels, folder)
     except (OSError, LookupError, ValueError, TypeError, EOFError, csv.Error, BadZipFile) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"cannot read {root} ({reason}); README.md has links and layouts")
@@ -959,6 +964,7 @@ def load_folder(root, uncertain):
     """
     table, files = root / "labels.csv", image_files(root)
     header, *rows = read_table(table)
+    rows = [[Path(row[0]).as_posix(), *row[1:]] for row in rows]
     classes = [name for name in header if name not in ("image", "split", "group")]
     require(header[0] == "image" and classes, f"{table}: needs the column image, then classes")
     blank = [""] * (len(header) - 1)
@@ -989,9 +995,10 @@ def load_folder(root, uncertain):
 
 
 def image_files(root):
-    """Names of the PNG and JPEG files in a folder, at any depth, sorted."""
+    """Names of the PNG and JPEG files in a folder, at any depth, sorted; not our own views.png."""
     names = sorted(path.relative_to(root).as_posix() for path in Path(root).rglob("*")
-                   if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+                   if path.suffix.lower() in (".png", ".jpg", ".jpeg")
+                   and path.name[0] != "." and path.name != "views.png")
     require(names, f"{root} is not a folder with PNG or JPEG files")
     return names
 
@@ -1021,7 +1028,7 @@ def decode(path, size, channels):
         with Image.open(path) as image:
             # Pillow would cut 16 bits to 8 at white.
             require(image.mode[0] not in "IF", "not 8 bits for each channel")
-            image = image.convert("L" if channels == 1 else "RGB")
+            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             image = image.resize((size, size), Image.BILINEAR)
             return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
     except Exception as error:
@@ -1120,14 +1127,15 @@ class Run:
         # Plain values, whatever a notebook gave.
         plain = json.loads(json.dumps(vars(args), default=str))
         settings = {name: value for name, value in plain.items() if name not in NOT_COMPARED}
-        print(f"\n{args.stage} in {self.out}: {json.dumps(settings)}".replace('"', ""))
+        start = f" from {plain['start']}" if plain["start"] else ""
+        print(f"\n{args.stage}{start}, in {self.out}: {json.dumps(settings)}".replace('"', ""))
         labels = zlib.crc32(np.asarray(labelled, np.int64))
-        settings |= dict(data=hash_of_data(data), labelled=labels)
+        settings |= dict(data=hash_of_data(data), labelled=labels, start=plain["start"])
         if os.path.isfile(plain["start"] or ""):
             # Which run of stage 1; a checkpoint of stage 2 knows from which one it started.
-            start = load_checkpoint(plain["start"], "pretrain", "finetune")
-            losses = [epoch["loss"] for epoch in start["history"]]
-            settings["start"] = start["settings"].get("start", repr(losses))
+            saved = load_checkpoint(plain["start"], "pretrain", "finetune")
+            losses = repr([epoch["loss"] for epoch in saved["history"]])
+            settings["start"] = saved["settings"]["start"] or zlib.crc32(losses.encode())
         self.constant = dict(stage=args.stage, args=plain, settings=settings, classes=data.classes,
                              channels=data.images.shape[1], multilabel=data.multilabel)
         if args.fresh:
@@ -1193,7 +1201,7 @@ class Run:
 def learning_rate(args, epoch):
     """Learning rate of an epoch, 0 <= epoch < args.epochs. [authors' code]
 
-    "cosine" decreases to 0. "steps" divides by 10 at 1/2 and again at 5/6 of the epochs.
+    "cosine" decreases towards 0. "steps" divides by 10 at 1/2 and again at 5/6 of the epochs.
     """
     progress = epoch / args.epochs
     if args.schedule == "cosine":
@@ -1273,6 +1281,8 @@ def load_networks(args, channels, classes):
     teacher, new = make_teacher(student), student.classifier.state_dict(prefix="classifier.")
     if args.start not in ("scratch", "imagenet", None):
         saved = load_checkpoint(args.start, "pretrain", "finetune")
+        if len(saved["history"]) < saved["args"]["epochs"]:
+            print(f"warning: {args.start} is not finished")
         for network, name in ((student, "student"), (teacher, "teacher")):
             weights = saved["state"][name]
             if saved["stage"] == "pretrain":
@@ -1374,7 +1384,10 @@ def label_choice(text):
     """A type for argparse: "all", a file, a fraction below 1, or a number of images."""
     if text == "all" or os.path.isfile(text):
         return text
-    return int(text) if text.isdigit() else float(text)
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise UserError(f"--labels {text}: no such file, and not a number")
 
 
 def parse_args(argv=None):
@@ -1417,6 +1430,7 @@ def parse_args(argv=None):
         add(f"--{name}", type=float)
     given = vars(parser.parse_intermixed_args(argv))
     stage, files = given.pop("stage"), given.pop("files", [])
+    require(len(files) <= dict(predict=math.inf, evaluate=1).get(stage, 0), f"{stage}: {files}?")
     if files:
         given |= dict(start=files[0]) if stage == "evaluate" else dict(files=files)
     for name, value in given.items():
@@ -1523,7 +1537,7 @@ def predict(args):
         except UserError as error:
             tqdm.write(str(error))
     write_predictions(Path(args.out), saved["classes"], scores, scores.values())
-    print(f"written to {args.out}: {len(scores):,} images")
+    print(f"written to {args.out}: {len(scores):,} images, with {args.start}")
     require(len(scores) == len(paths), f"{len(paths) - len(scores)} images are broken, named above")
 
 
