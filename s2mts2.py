@@ -1391,43 +1391,44 @@ def label_choice(text):
 
 
 def parse_args(argv=None):
-    """Parse a command line, sys.argv[1:] if None. Returns a Namespace. Raises UserError.
-
-    COMMAND      pretrain, finetune, evaluate, predict or ablate
-    FILES        predict: a folder or image files; evaluate: a finetune.pt (the newest in runs/*/)
-    --data       digits, cxr14, chexpert, isic2018, a folder, or an .npz file (digits)
-    --root       folder of cxr14, chexpert or isic2018 (data/NAME)
-    --cache      folder for decoded images (the folder of the data)
-    --partial    use only the image files that are there
-    --uncertain  -1 of CheXpert: zeros, ones or ignore (zeros)
-    --out        folder for results (runs/NAME); predict: the CSV file (predicted.csv)
-    --fresh      start over
-    --device     auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)
-    --no-amp     no bfloat16 on GPUs
-    --seed       of all random numbers (0); ablate: --seeds, runs of each row (3)
-    --from       a checkpoint, scratch or imagenet (the newest checkpoint in runs/*/)
-    --labels     fraction of each class, number, all, or a file with image names
-    The other options are settings; the tables PRETRAIN and FINETUNE in s2mts2.py explain them.
-    """
-    parser = Parser("s2mts2.py", epilog=parse_args.__doc__, argument_default=argparse.SUPPRESS,
-                    allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
-    add = parser.add_argument
-    add("stage", choices=list(READS))
-    add("files", nargs="*")
-    add("--from", dest="start")
-    add("--labels", type=label_choice)
-    add("--uncertain", choices=["zeros", "ones", "ignore"])
-    add("--arch", choices=["densenet121", "tiny"])
-    add("--init", choices=["random", "imagenet"])
-    add("--amp", action=argparse.BooleanOptionalAction)
-    for name in ("partial", "fresh"):
-        add(f"--{name}", action="store_true")
-    for name in ("data", "root", "cache", "out", "device"):
-        add(f"--{name}")
-    for name in ("seed", "seeds", "size", "epochs", "batch", "keys", "queue", "dim"):
-        add(f"--{name}", type=int)
-    for name in ("lr", "teacher-momentum", "temperature", "covariance-weight", "consistency"):
-        add(f"--{name}", type=float)
+    """Parse a command line, sys.argv[1:] if None. Returns a Namespace. Raises UserError."""
+    parser = Parser("s2mts2.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                    usage="python %(prog)s COMMAND [options] [FILES]",
+                    epilog="In brackets: the default; others: tables PRETRAIN and FINETUNE.")
+    parser.add_argument("stage", choices=list(READS), help="COMMAND")
+    parser.add_argument("files", nargs="*", help="predict: a folder or image files; evaluate: a "
+                        "finetune.pt (the newest in runs/*/)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help="digits, cxr14, chexpert, isic2018, a folder, or an .npz file (digits)")
+    add("--root", help="folder of cxr14, chexpert or isic2018 (data/NAME)")
+    add("--cache", help="folder for decoded images (the folder of the data)")
+    add("--partial", action="store_true", help="use only the image files that are there")
+    add("--uncertain", choices=["zeros", "ones", "ignore"], help="-1 of CheXpert (zeros)")
+    add = parser.add_argument_group("run").add_argument
+    add("--out", help="folder for results (runs/NAME); predict: CSV file (predicted.csv)")
+    add("--fresh", action="store_true", help="start over")
+    add("--device", help="auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 on GPUs (on)")
+    add("--seed", type=int, help="of all random numbers (0)")
+    add("--seeds", type=int, help="ablate: runs of each row (3)")
+    add = parser.add_argument_group("both stages").add_argument
+    add("--arch", choices=["densenet121", "tiny"], help="network")
+    add("--size", type=int, help="side of a view in pixels")
+    add("--epochs", type=int, help="passes over the images")
+    add("--batch", type=int, help="images in a step")
+    add("--lr", type=float, help="learning rate of the first epoch")
+    add("--teacher-momentum", type=float, help="EMA decay")
+    add = parser.add_argument_group("stage 1").add_argument
+    add("--init", choices=["random", "imagenet"], help="first weights")
+    add("--keys", type=int, help="key views of an image")
+    add("--queue", type=int, help="negatives")
+    add("--dim", type=int, help="dimensions of an embedding")
+    add("--temperature", type=float, help="divides similarities")
+    add("--covariance-weight", type=float, help="lambda, c in the last epoch")
+    add = parser.add_argument_group("stage 2").add_argument
+    add("--from", dest="start", help="a checkpoint, scratch or imagenet (newest in runs/*/)")
+    add("--labels", type=label_choice, help="fraction of each class, number, all, or file of names")
+    add("--consistency", type=float, help="weight of the consistency loss")
     given = vars(parser.parse_intermixed_args(argv))
     stage, files = given.pop("stage"), given.pop("files", [])
     require(len(files) <= dict(predict=math.inf, evaluate=1).get(stage, 0), f"{stage}: {files}?")
