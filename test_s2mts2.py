@@ -17,6 +17,8 @@ import s2mts2
 from s2mts2 import PLAIN, Data, UserError, choose_labelled, load_data, main, parse_args
 
 SCRIPT = Path(s2mts2.__file__).resolve()
+# One thread here and in the subprocesses: the last bits depend on the number of threads.
+torch.set_num_threads(1)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parent), "OMP_NUM_THREADS": "1"}
 SMALL = "--epochs 1 --batch 4 --size 32 --device cpu"
 @pytest.fixture(autouse=True)
