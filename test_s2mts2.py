@@ -775,7 +775,7 @@ def test_the_commands_of_the_readme_run(own, monkeypatch):
         data := load_data(*arguments), train=data.train[:400], test=data.test[:100]))
     folder(Path("DIR")), folder(Path("IMAGES"))
     run(f"pretrain --data {'DIR' if own else 'digits'} --batch 8 --epochs 1", "finetune --batch 8 --epochs 1")
-    skip = "torchrun|--root|cxr14|chexpert|isic2018|imagenet|densenet|--help|[A-Z]{3,}[.][a-z]"
+    skip = "torchrun|ablate|--root|cxr14|chexpert|isic2018|imagenet|densenet|--help|[A-Z]{3,}[.][a-z]"
     blocks = [[command for command in re.findall(r"python s2mts2\.py ([^#&\n]+)", block)
                if not re.search(skip, command)]
               for block in re.findall(r"(?:^    python s2mts2\.py.*\n)+", README, re.M)]
