@@ -98,9 +98,10 @@ def require(condition, message):
 # One column for each recipe; a single value holds for all. An option of the command line (--help)
 # overrides its row; edit the other rows here.
 #   cxr14, chexpert, isic2018   [authors' code] unless a row says otherwise. For DenseNet-121.
-#   digits                      [our choice] Tuned on a held-out fifth of the training images.
+#   digits                      [our choice] Chosen on held-out training images, but after an
+#                               earlier recipe was seen on the test images; see README, Results.
 #   small                       [our choice] Your own images, and --arch tiny on all but digits.
-#                               Tuned on a held-out quarter of the training images of ISIC2018.
+#                               From trials with one label seed on held-out images of ISIC2018.
 RECIPES = ("cxr14", "chexpert", "isic2018", "digits", "small")
 
 # [authors' code] pretrain.py and dataloader.py.
@@ -304,9 +305,9 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # that look alike. A high value treats all negatives alike.
 # BatchNorm leakage: an embedding depends on the other images of its batch. A query and its keys
 # share these images, so the student could find its keys by this trace. MoCo shuffles the images
-# between GPUs. [our choice] Not done: measured here, BatchNorm in shuffled groups does not improve
-# stage 1. Several GPUs use SyncBatchNorm as in MoCo v3 (arXiv 2104.02057): N GPUs compute what one
-# GPU computes.
+# between GPUs. [our choice] Not done: an earlier version of this file with BatchNorm in shuffled
+# groups did not improve stage 1. Several GPUs use SyncBatchNorm as in MoCo v3 (arXiv 2104.02057):
+# N GPUs have the loss and the BatchNorm statistics of one GPU; only the random views differ.
 
 
 def pretrain(data, args):
@@ -502,7 +503,6 @@ def predict_batch(network, images, size, multilabel):
 
 
 # ---- A first reader can stop here: the rest is views, data, files and the command line ----------
-
 
 # ---- 7. Metrics, report, ablation ----------------------------------------------------------------
 
