@@ -60,7 +60,6 @@ import argparse
 import copy
 import csv
 import ctypes
-import datetime
 import io
 import json
 import math
@@ -70,8 +69,8 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -95,13 +94,13 @@ def require(condition, message):
 
 # ---- 1. Settings ---------------------------------------------------------------------------------
 
-# One column for each recipe; a single value holds for all. An option of the command line (--help)
-# overrides its row; edit the other rows here.
+# One column for each recipe; a single value holds for all. Each row is an option of its stage, for
+# example --temperature 0.1, which overrides the recipe.
 #   cxr14, chexpert, isic2018   [authors' code] unless a row says otherwise. For DenseNet-121.
 #   digits                      [our choice] Chosen on held-out training images, but after an
 #                               earlier recipe was seen on the test images; see README, Results.
 #   small                       [our choice] Your own images, and --arch tiny on all but digits.
-#                               From trials with one label seed on held-out images of ISIC2018.
+#                               From trials on held-out images of ISIC2018.
 RECIPES = ("cxr14", "chexpert", "isic2018", "digits", "small")
 
 # [authors' code] pretrain.py and dataloader.py.
@@ -111,7 +110,7 @@ PRETRAIN = dict(
     # Side of a view, pixels. [our choice] 224 for chexpert and isic2018; the authors use 256.
     size=(256, 224, 224, 32, 32),
     # Passes over the training images; images in a step.
-    epochs=(100, 100, 100, 60, 45),
+    epochs=(100, 100, 100, 45, 45),
     batch=(256, 256, 256, 64, 128),
     # SGD: learning rate of the first epoch, its schedule (see learning_rate), momentum, L2 penalty.
     lr=(0.03, 0.03, 0.03, 0.06, 0.06),
@@ -186,14 +185,10 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
     outputs   int: D for head "mlp", C for head "linear"
     head      "mlp": projection head of stage 1, dropped after it; "linear": classifier
     imagenet  bool: start densenet121 from torchvision's ImageNet weights, a download of 31 MB
-    Returns an nn.Module. Raises UserError if the weights cannot be downloaded.
+    Returns an nn.Module. Raises OSError if the weights cannot be downloaded.
     """
     if arch == "densenet121":
-        try:
-            network = torchvision.models.densenet121(weights="IMAGENET1K_V1" if imagenet else None)
-        except OSError as error:
-            raise UserError(f"cannot download the ImageNet weights ({error}); use pretrain --init "
-                            "random or finetune --from scratch") from None
+        network = torchvision.models.densenet121(weights="IMAGENET1K_V1" if imagenet else None)
     else:
         network = torchvision.models.DenseNet(16, block_config=(2, 4, 4), num_init_features=32)
     if channels == 1:
@@ -204,8 +199,8 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
     features = network.classifier.in_features
     network.classifier = nn.Linear(features, outputs)
     if head == "mlp":
-        hidden = nn.Sequential(nn.Linear(features, features), nn.ReLU())
-        network.classifier = hidden.append(network.classifier)
+        network.classifier = nn.Sequential(nn.Linear(features, features), nn.ReLU(),
+                                           network.classifier)
     # [plumbing] The channels of a pixel stand side by side in memory: convolutions run faster.
     return network.to(memory_format=torch.channels_last)
 
@@ -345,7 +340,7 @@ def pretrain(data, args):
         # [authors' code] Sigma means little while the network is untrained, so c increases. With
         # lambda = 2, c reaches 1, the value of the bound, in the middle of training.
         covariance_weight = args.covariance_weight * (epoch + 1) / args.epochs
-        for indices in batches(data.train, steps, args, epoch):
+        for indices in batches(data.train, steps, args.batch, args, epoch):
             images = take(data, indices, device)              # uint8 [N, channels, height, width]
             copies = images.repeat_interleave(args.keys, 0)   # uint8 [N * M, channels, ...]
             query_views = random_views(images, args.augment, args.size)  # [N, channels, size, size]
@@ -401,25 +396,28 @@ def finetune(data, args):
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, (args.beta1, args.beta2), args.eps,
                                   args.weight_decay, fused=device.type != "mps")
     steps = math.ceil(max(len(labelled), len(unlabelled)) / args.batch)
+    labelled_batch = min(args.batch, len(labelled))
     use_unlabelled = args.consistency > 0 and len(unlabelled) > 0
     print(f"{len(labelled):,} labelled and {len(unlabelled):,} unlabelled training images")
-    run = Run(data, args, steps * args.batch * (1 + use_unlabelled), labelled, student=student,
-              teacher=teacher, optimizer=optimizer)
-    write_file(run.out / "labelled.txt", "".join(f"{data.names[index]}\n" for index in labelled))
+    run = Run(data, args, steps * (labelled_batch + use_unlabelled * args.batch), labelled,
+              student=student, teacher=teacher, optimizer=optimizer)
+    names = "".join(f"{data.names[index]}\n" for index in labelled)
+    write_file(output_folder(data, args) / "labelled.txt", names)
 
     for epoch in range(run.epochs_done, args.epochs):
         run.start_epoch(epoch)
         # [authors' code] w increases, with ramp = 1 until the end. At first the classifier is
         # random, and so are the teacher's predictions.
         weight = args.consistency * min(1, epoch / (args.ramp * args.epochs))
-        other = batches(unlabelled, steps, args, epoch) if use_unlabelled else [None] * steps
-        for step, indices in enumerate(batches(labelled, steps, args, epoch)):
+        labels = batches(labelled, steps, labelled_batch, args, epoch)
+        others = batches(unlabelled, steps, args.batch, args, epoch) if use_unlabelled else labels
+        for step, (indices, other) in enumerate(zip(labels, others)):
             targets = torch.from_numpy(data.targets[indices]).to(device)           # [N, C]
             images = take(data, indices, device)              # uint8 [N, channels, height, width]
             views = random_views(images, args.augment, args.size)        # [N, channels, size, size]
             if use_unlabelled:
                 # [Mean Teacher] Each network has its own view. In the authors' code both see one.
-                images = take(data, other[step], device)      # uint8 [N, channels, height, width]
+                images = take(data, other, device)      # uint8 [N, channels, height, width]
                 teacher_views = random_views(images, args.augment, args.size)
                 student_views = random_views(images, args.augment, args.size)
                 views = torch.cat([views, student_views])                # [2 N, channels, ...]
@@ -428,9 +426,9 @@ def finetune(data, args):
                 if use_unlabelled:
                     with torch.no_grad():
                         teacher_logits = teacher(teacher_views).float()  # [N, C]
-            loss = supervised_loss(logits[:args.batch], targets, data.multilabel)
+            loss = supervised_loss(logits[:labelled_batch], targets, data.multilabel)
             if use_unlabelled:
-                loss = loss + weight * consistency_loss(logits[args.batch:], teacher_logits,
+                loss = loss + weight * consistency_loss(logits[labelled_batch:], teacher_logits,
                                                         data.multilabel)
             optimizer.zero_grad()
             loss.backward()
@@ -524,13 +522,13 @@ def classification_metrics(targets, scores, classes, multilabel):
     result = dict(mean_auc=float(np.mean(values)) if values else None, auc=auc)
     if not multilabel:
         truth, prediction = targets.argmax(1), scores.argmax(1)
-        # For each class that occurs the counts of true negatives, false positives and so on.
+        # For each class that occurs: true negatives, false positives and so on.
         counts = metrics.multilabel_confusion_matrix(truth, prediction, labels=np.unique(truth))
         tn, fp, fn, tp = counts.reshape(-1, 4).T
-        result |= dict(accuracy=float(np.mean(truth == prediction)),
-                       macro_sensitivity=float(np.mean(tp / (tp + fn))),
-                       macro_specificity=float(np.mean(tn / np.maximum(tn + fp, 1))),
-                       macro_f1=float(np.mean(2 * tp / (2 * tp + fp + fn))))
+        means = dict(accuracy=truth == prediction, macro_sensitivity=tp / (tp + fn),
+                     macro_specificity=tn / np.maximum(tn + fp, 1),
+                     macro_f1=2 * tp / (2 * tp + fp + fn))
+        result |= {name: float(np.mean(values)) for name, values in means.items()}
     return result
 
 
@@ -545,10 +543,10 @@ def report(student, teacher, data, args):
     scores = [evaluate(network, data, data.test, args.size) for network in (teacher, student)]
     result, students = (classification_metrics(targets, each, data.classes, data.multilabel)
                         for each in scores)
-    classes = sorted(data.classes, key=lambda name: -(result["auc"][name] or 0))
+    best_first = sorted(data.classes, key=lambda name: -(result["auc"][name] or 0))
     print(f"{f'AUC on {len(targets):,} test images':28} teacher  student")
-    for name in [*classes, *(name for name in result if name != "auc")]:
-        values = ((each["auc"] | each)[name] for each in (result, students))
+    for name in [*best_first, *(name for name in result if name != "auc")]:
+        values = [(each["auc"] | each)[name] for each in (result, students)]
         print(f"{name:27}", *("     n/a" if value is None else f"{value:8.4f}" for value in values))
     result["student"] = students
     write_file(out / "metrics.json", json.dumps(result, indent=1) + "\n")
@@ -581,26 +579,26 @@ def ablate(args):
     A seed has the same labels in every row. Each run has a folder in args.out; a finished run is
     only evaluated again. Returns the dict in ablation.json: {row: {metric: [value of each seed]}}.
     """
-    data1, data2 = (data_for(complete(stage, args.given | dict(start="scratch")))
+    data1, data2 = (data_for(settings_of(stage, args.given | dict(start="scratch")))
                     for stage in ("pretrain", "finetune"))
     out = Path(args.out or f"runs/{data1.name}/ablation")
     table = {row: {} for row in ABLATION}
     for seed in range(args.seeds):
         for name, changes in STARTS.items():
             changes = changes | dict(seed=seed, out=f"{out}/{name}-{seed}")
-            pretrain(data1, complete("pretrain", args.given | changes))
+            pretrain(data1, settings_of("pretrain", args.given | changes))
         for row, changes in ABLATION.items():
-            start, name = row.split(" + ")[0], row.replace(" + ", "-").replace(" ", "-")
+            start, folder = row.split(" + ")[0], row.replace(" + ", "-").replace(" ", "-")
             start = start if start == "scratch" else f"{out}/{start}-{seed}/pretrain.pt"
-            changes = changes | dict(seed=seed, out=f"{out}/{name}-{seed}", start=start)
-            result = finetune(data2, complete("finetune", args.given | changes))
-            for metric in result.keys() - {"auc", "student"}:
+            changes = changes | dict(seed=seed, out=f"{out}/{folder}-{seed}", start=start)
+            result = finetune(data2, settings_of("finetune", args.given | changes))
+            for metric in sorted(result.keys() - {"auc", "student"}):
                 table[row].setdefault(metric, []).append(result[metric])
-        write_file(out / "ablation.json", json.dumps(table, indent=1, sort_keys=True) + "\n")
+        write_file(out / "ablation.json", json.dumps(table, indent=1) + "\n")
     print(f"\nteacher, mean +- standard deviation over seeds 0 to {args.seeds - 1}")
     for row, columns in table.items():
         print(f"{row:24}", *(f"{metric} {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f} "
-                             for metric, values in sorted(columns.items()) if None not in values))
+                             for metric, values in columns.items() if None not in values))
     return table
 
 
@@ -704,15 +702,18 @@ def crop_rotate_flip(images, left, top, width, height, angle, flip, vertical_fli
     flip, vertical_flip       float32 [N], 1 to flip, 0 not to
     Returns float32 [N, channels, side, side]; black outside of the image.
     """
-    # From a pixel of the view back to the image: flip, rotate, shrink to the crop, move to it.
-    # Coordinates run from -1 to 1.
+    # From a pixel of the view back to the image: flip, rotate, shrink to the crop, move to it. Both
+    # coordinates run from -1 to 1. x and y in the image are linear in column and row of the view.
+    # F.affine_grid gives the same grid; on a CPU it takes 5 times as long as the whole function.
     cos, sin = torch.deg2rad(angle).cos(), torch.deg2rad(angle).sin()
     flip, vertical_flip = 1 - 2 * flip, 1 - 2 * vertical_flip
-    x = [width * cos * flip, -width * sin * vertical_flip, 2 * left + width - 1]
-    y = [height * sin * flip, height * cos * vertical_flip, 2 * top + height - 1]
-    maps = torch.stack(x + y, 1).view(-1, 2, 3)
-    grid = F.affine_grid(maps, images.shape, align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
+    place = (2 * torch.arange(images.shape[-1], device=images.device) + 1) / images.shape[-1] - 1
+    column = torch.stack([width * cos * flip, height * sin * flip])                    # [2, N]
+    row = torch.stack([-width * sin * vertical_flip, height * cos * vertical_flip])    # [2, N]
+    shift = torch.stack([2 * left + width - 1, 2 * top + height - 1])                  # [2, N]
+    across, down = column[..., None] * place + shift[..., None], row[..., None] * place
+    grid = across[:, :, None, :] + down[:, :, :, None]                   # [2, N, side, side]
+    return F.grid_sample(images, grid.permute(1, 2, 3, 0), align_corners=False)
 
 
 def jitter_colours(images, brightness, contrast, saturation, hue):
@@ -796,9 +797,9 @@ class Data:
         self.targets = np.asarray(self.targets, np.float32)
         self.train, self.test = np.asarray(self.train, np.int64), np.asarray(self.test, np.int64)
         self.classes, self.names = list(map(str, self.classes)), list(map(str, self.names))
-        count, shape, kind = len(self.names), self.images.shape, self.images.dtype
-        require(kind == np.uint8 and len(shape) == 4 and shape[0] == count and shape[1] in (1, 3),
-                "images must be uint8 [n, 1 or 3, height, width], with n names")
+        count, shape = len(self.names), self.images.shape
+        require(self.images.dtype == np.uint8 and len(shape) == 4 and shape[:2] in ((count, 1),
+                (count, 3)), "images must be uint8 [n, 1 or 3, height, width], with n names")
         require(self.targets.shape == (count, len(self.classes)), "targets must be [n, classes]")
         used = np.concatenate([self.train, self.test])
         require(len(self.train) and len(self.test) and 0 <= used.min() and used.max() < count,
@@ -847,13 +848,11 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
             train, test = (np.flatnonzero(np.array(split) == part) for part in ("train", "test"))
             # Images that need no memory, until all other parts are known to be valid.
             images = np.broadcast_to(np.uint8(0), (len(names), channels, size, size))
-            title = name if name in loaders else root.resolve().name
-            data = Data(title, images, targets, classes, names, train, test, multilabel)
+            data = Data(title_of(name), images, targets, classes, names, train, test, multilabel)
             # Two folders may have files of the same names.
-            own = f"{title}-{zlib.crc32(str(root.resolve()).encode()):08x}"
-            folder = Path(cache, own) if cache else root
-            data.images = decode_all(names, paths, size, channels, folder)
-    except (OSError, LookupError, ValueError, TypeError, EOFError, csv.Error, BadZipFile) as error:
+            folder = Path(cache, *root.resolve().parts[1:]) if cache else root
+            data.images = decode_all(data.names, paths, size, channels, folder)
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"cannot read {root} ({reason}); README.md has links and layouts")
     total, labelled = len(data.names), data.known.sum()
@@ -862,6 +861,11 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
           f"{len(data.train):,} train, {len(data.test):,} test; "
           f"{'multi-label' if data.multilabel else 'one class an image'}: {', '.join(counts)}")
     return data
+
+
+def title_of(name):
+    """The name of a data set in runs/: of a folder or an .npz file its last part."""
+    return Path(name).resolve().name.removesuffix(".npz")
 
 
 def load_digits():
@@ -876,18 +880,18 @@ def load_digits():
 
 def load_npz(path):
     """A 2D set of MedMNIST (arXiv 2110.14795): {train,val,test}_{images,labels}; val is train."""
-    parts = ("train", "val", "test")
     # Without allow_pickle: object arrays could run code.
     with np.load(path, allow_pickle=False) as file:
-        images = np.concatenate([file[f"{part}_images"] for part in parts])
-        labels = np.concatenate([file[f"{part}_labels"] for part in parts])
-        names = [f"{part}{row:05d}" for part in parts for row in range(len(file[f"{part}_labels"]))]
+        parts = [[file[f"{part}_{kind}"] for part in ("train", "val", "test")]
+                 for kind in ("images", "labels")]
+    images, labels = map(np.concatenate, parts)
+    first = len(labels) - len(parts[1][2])
     images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
     multilabel = labels.shape[1] > 1
     targets = labels if multilabel else np.eye(labels.max() + 1)[labels[:, 0]]
-    test = np.char.startswith(names, "test")
-    return Data(path.stem, images, targets, range(targets.shape[1]), names, np.flatnonzero(~test),
-                np.flatnonzero(test), multilabel)
+    names = [f"image{row:06d}" for row in range(len(labels))]
+    return Data(title_of(path), images, targets, range(targets.shape[1]), names, np.arange(first),
+                np.arange(first, len(labels)), multilabel)
 
 
 CXR14_CLASSES = (
@@ -903,20 +907,17 @@ def load_cxr14(root, uncertain):
     """
     # The name of the newer table, ..._v2020.csv, is the larger one.
     table = max(root.glob("Data_Entry_2017*.csv"), default=root / "Data_Entry_2017_v2020.csv")
-    # Not the csv module: it takes half a second more for 112,120 rows.
+    # Not the csv module: the header has commas that are not quoted.
     findings = dict(line.split(",", 2)[:2] for line in read_lines(table)[1:])
-    targets = {"No Finding": [0] * len(CXR14_CLASSES)}
-    for text in set(findings.values()) - {"No Finding"}:
-        labels = text.split("|")
-        require(set(labels) <= set(CXR14_CLASSES), f"{table}: unknown label in {text!r}")
-        targets[text] = [label in labels for label in CXR14_CLASSES]
     train, test = read_lines(root / "train_val_list.txt"), read_lines(root / "test_list.txt")
+    labels = [findings[name].split("|") for name in train + test]
+    wrong = set().union(*labels) - {"No Finding", *CXR14_CLASSES}
+    require(not wrong, f"{table}: unknown labels {wrong}")
+    targets = [[name in found for name in CXR14_CLASSES] for found in labels]
     folders = filter(os.path.isdir, [root / "images", root / "data", *root.glob("images_*/images")])
     folder_of = {name: folder for folder in map(str, folders) for name in os.listdir(folder)}
-    missing = f"{root}/images"
-    paths = [f"{folder_of.get(name, missing)}/{name}" for name in train + test]
+    paths = [f"{folder_of.get(name, root)}/{name}" for name in train + test]
     split = ["train"] * len(train) + ["test"] * len(test)
-    targets = [targets[findings[name]] for name in train + test]
     return (train + test, paths, split, targets), CXR14_CLASSES, 1, True
 
 
@@ -964,9 +965,9 @@ def load_folder(root, uncertain):
     """
     table, files = root / "labels.csv", image_files(root)
     header, *rows = read_table(table)
-    rows = [[Path(row[0]).as_posix(), *row[1:]] for row in rows]
     classes = [name for name in header if name not in ("image", "split", "group")]
     require(header[0] == "image" and classes, f"{table}: needs the column image, then classes")
+    rows = [[Path(row[0]).as_posix(), *row[1:]] for row in rows]
     blank = [""] * (len(header) - 1)
     rows += [[name, *blank] for name in set(files) - {row[0] for row in rows}]
     columns = dict(zip(header, zip(*sorted(rows))))
@@ -981,9 +982,9 @@ def load_folder(root, uncertain):
     if "split" in columns:
         split = [part or "train" for part in columns["split"]]
         side = dict(zip(groups, split))
-        for name, group, part in zip(names, groups, split):
-            require(part in ("train", "test"), f"{table}: image {name}: split {part!r}")
-            require(part == side[group], f"{table}: group {group} is in train and in test")
+        wrong = [row for row in zip(names, groups, split) if row[2] not in ("train", "test")
+                 or row[2] != side[row[1]]]
+        require(not wrong, f"{table}: split is train or test, one for a group; see {wrong[:1]}")
     else:
         tested = {group for group, known in zip(groups, labelled) if known and in_fifth(group)}
         inside = np.array([group in tested for group in groups])
@@ -1030,7 +1031,7 @@ def decode(path, size, channels):
             require(image.mode[0] not in "IF", "not 8 bits for each channel")
             image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
             image = image.resize((size, size), Image.BILINEAR)
-            return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+            return np.array(image).reshape(size, size, channels).transpose(2, 0, 1)
     except Exception as error:
         raise UserError(f"cannot read image {path} ({error}); replace it or remove it")
 
@@ -1052,8 +1053,7 @@ def decode_all(names, paths, size, channels, cache):
         with open(part, "ab") as stream, ThreadPoolExecutor() as pool:
             done = stream.tell() // length
             stream.truncate(done * length)
-            blocks = range(done, len(paths), 64)
-            for start in tqdm(blocks, "decode", unit="image", unit_scale=64):
+            for start in tqdm(range(done, len(paths), 64), "decode", unit="image", unit_scale=64):
                 block = paths[start:start + 64]
                 for image in pool.map(lambda path: decode(path, size, channels), block):
                     stream.write(image.tobytes())
@@ -1078,36 +1078,31 @@ def choose_labelled(data, labels, seed):
     require(len(pool), "no training image is labelled")
     positive = data.targets[pool] == 1
     if labels == "all":
-        chosen = np.arange(len(pool))
-    elif isinstance(labels, (str, os.PathLike)):
+        return np.sort(pool)
+    if isinstance(labels, (str, os.PathLike)):
         wanted, names = set(read_lines(labels)), [data.names[index] for index in pool]
         other = sorted(wanted.difference(names))
         require(wanted and not other, f"--labels {labels}: no labelled training image {other[:1]}")
-        chosen = np.flatnonzero([name in wanted for name in names])
-    else:
-        random, threshold = np.random.RandomState(seed), np.ones(len(pool))
-        # Without a positive target: "No Finding". Multi-class data has no such images.
-        for column in [*positive.T, ~positive.any(1)]:
-            members = random.permutation(np.flatnonzero(column))
-            # The fraction of the class from which on an image is chosen; 0 for the first image.
-            fractions = (np.arange(len(members)) + 0.5) / len(members)
-            fractions[:1] = 0
-            threshold[members] = np.minimum(threshold[members], fractions)
-        chosen = np.argsort(threshold, kind="stable")
-        count, least = (threshold <= labels).sum() if labels < 1 else labels, (threshold == 0).sum()
-        require(least <= count <= len(pool) and count % 1 == 0, f"--labels {labels} is not from "
-                f"{least}, one of each class, to {len(pool)}, all labelled images")
-        chosen = chosen[:int(count)]
-    for name, there in zip(data.classes, positive[chosen].any(0)):
-        if not there:
-            print(f"warning: no labelled training image of class {name}")
-    return np.sort(pool[chosen])
+        return np.sort(pool[[name in wanted for name in names]])
+    random, threshold = np.random.RandomState(seed), np.ones(len(pool))
+    # Without a positive target: "No Finding". Multi-class data has no such images.
+    for column in [*positive.T, ~positive.any(1)]:
+        members = random.permutation(np.flatnonzero(column))
+        # The fraction of the class from which on an image is chosen; 0 for the first image.
+        fractions = (np.arange(len(members)) + 0.5) / len(members)
+        fractions[:1] = 0
+        threshold[members] = np.minimum(threshold[members], fractions)
+    count, least = (threshold <= labels).sum() if labels < 1 else labels, (threshold == 0).sum()
+    require(least <= count <= len(pool) and count % 1 == 0, f"--labels {labels} is not from "
+            f"{least}, one of each class, to {len(pool)}, all labelled images")
+    return np.sort(pool[np.argsort(threshold, kind="stable")[:int(count)]])
 
 
 # ---- 10. Runs and checkpoints [plumbing] ---------------------------------------------------------
 
-# Settings that do not change the result, or that the hash of the data covers.
-NOT_COMPARED = ("data", "root", "cache", "partial", "uncertain", "device", "out", "fresh", "start")
+# Settings that do not change the result, or that a checksum covers.
+NOT_COMPARED = ("data", "root", "cache", "partial", "uncertain", "device", "out", "fresh", "start",
+                "given", "files")
 
 
 class Run:
@@ -1122,25 +1117,20 @@ class Run:
     def __init__(self, data, args, images_per_epoch, labelled=(), **state):
         require(images_per_epoch, f"--batch {args.batch} is more than {len(data.train)} images")
         self.args, self.state, self.images, self.history = args, state, images_per_epoch, []
-        self.out = output_folder(data, args)
-        self.path = self.out / f"{args.stage}.pt"
+        self.path = output_folder(data, args) / f"{args.stage}.pt"
         # Plain values, whatever a notebook gave.
         plain = json.loads(json.dumps(vars(args), default=str))
         settings = {name: value for name, value in plain.items() if name not in NOT_COMPARED}
-        start = f" from {plain['start']}" if plain["start"] else ""
-        print(f"\n{args.stage}{start}, in {self.out}: {json.dumps(settings)}".replace('"', ""))
-        labels = zlib.crc32(np.asarray(labelled, np.int64))
-        settings |= dict(data=hash_of_data(data), labelled=labels, start=plain["start"])
-        if os.path.isfile(plain["start"] or ""):
-            # Which run of stage 1; a checkpoint of stage 2 knows from which one it started.
-            saved = load_checkpoint(plain["start"], "pretrain", "finetune")
-            losses = repr([epoch["loss"] for epoch in saved["history"]])
-            settings["start"] = saved["settings"]["start"] or zlib.crc32(losses.encode())
+        print(f"\n{self.path}, start {args.start}: {json.dumps(settings)}".replace('"', ""))
+        # The first weights: another stage 1 is another run of stage 2.
+        weights = [weight.detach().cpu() for weight in state["student"].parameters()]
+        settings |= dict(data=checksum_of(data), labelled=checksum(np.int64(labelled)),
+                         first_weights=checksum(*weights))
         self.constant = dict(stage=args.stage, args=plain, settings=settings, classes=data.classes,
                              channels=data.images.shape[1], multilabel=data.multilabel)
         if args.fresh:
             self.path.unlink(missing_ok=True)
-        elif self.path.exists():
+        if self.path.exists():
             saved = load_checkpoint(self.path, args.stage)
             differ = [f"{name} {saved['settings'].get(name)} there and {value} here"
                       for name, value in settings.items() if saved["settings"].get(name) != value]
@@ -1151,14 +1141,11 @@ class Run:
             self.history = saved["history"]
         self.epochs_done = done = len(self.history)
         if done:
-            print(f"{self.path}:", f"{done} epochs done" if done < args.epochs else "finished")
-        log = self.out / "log.jsonl"
-        lines = map(json.loads, read_lines(log) if log.exists() else [])
-        self.other_stage = [line for line in lines if line["stage"] != args.stage]
-        self.out.mkdir(parents=True, exist_ok=True)
-        total, idle = args.epochs * self.images, RANK > 0 or done == args.epochs
-        self.bar = tqdm(total=total, initial=done * self.images, desc=args.stage, unit="image",
-                        unit_scale=True, mininterval=0.5, disable=idle)
+            print(f"{self.path}:", "finished" if done == args.epochs else f"{done} epochs done")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.bar = tqdm(total=args.epochs * self.images, initial=done * self.images, unit="image",
+                        desc=args.stage, unit_scale=True, mininterval=0.5,
+                        disable=RANK > 0 or done == args.epochs)
 
     def start_epoch(self, epoch):
         """Seed torch, so that a resumed run equals an uninterrupted one; set the learning rate."""
@@ -1184,17 +1171,19 @@ class Run:
         lr, speed = self.state["optimizer"].param_groups[0]["lr"], self.images / seconds
         self.history.append(dict(stage=stage, epoch=epoch, loss=loss, lr=lr, seconds=seconds,
                                  images_per_second=speed))
-        done = f"{stage} epoch {epoch + 1}/{self.args.epochs}"
-        self.bar.write(f"{done}: loss {loss:.4f}, learning rate {lr:.2g}, {speed:.0f} images/s")
+        self.bar.write(f"{stage} epoch {epoch + 1}/{self.args.epochs}: loss {loss:.4f}, "
+                       f"learning rate {lr:.2g}, {speed:.0f} images/s")
         # The log before the checkpoint: a run that is killed between them writes this line again.
-        lines = map(json.dumps, self.other_stage + self.history)
-        write_file(self.out / "log.jsonl", "".join(f"{line}\n" for line in lines))
+        log = self.path.with_name("log.jsonl")
+        lines = [json.loads(line) for line in read_lines(log)] if log.exists() else []
+        lines = [line for line in lines if line["stage"] != stage] + self.history
+        write_file(log, "".join(f"{json.dumps(line)}\n" for line in lines))
         state = {name: value if isinstance(value, torch.Tensor) else value.state_dict()
                  for name, value in self.state.items()}
         checkpoint = io.BytesIO()
         torch.save(self.constant | dict(history=self.history, state=state), checkpoint)
         write_file(self.path, checkpoint.getvalue())
-        if len(self.history) == self.args.epochs:
+        if epoch + 1 == self.args.epochs:
             self.bar.close()
 
 
@@ -1209,15 +1198,15 @@ def learning_rate(args, epoch):
     return args.lr * 0.1 ** ((progress >= 1 / 2) + (progress >= 5 / 6))
 
 
-def batches(indices, steps, args, epoch):
-    """int64 [steps, N]: the indices in random order, repeated if there are not enough.
+def batches(indices, steps, batch, args, epoch):
+    """int64 [steps, batch]: the indices in random order, repeated if there are not enough.
 
     With several processes: the part of this process of each batch.
     """
     random = np.random.RandomState([args.seed, epoch])
-    repeats = math.ceil(steps * args.batch / len(indices))
+    repeats = math.ceil(steps * batch / len(indices))
     order = np.concatenate([random.permutation(indices) for _ in range(repeats)])
-    return order[:steps * args.batch].reshape(steps, PROCESSES, -1)[:, RANK]
+    return order[:steps * batch].reshape(steps, PROCESSES, -1)[:, RANK]
 
 
 def seed_torch(*parts):
@@ -1225,13 +1214,16 @@ def seed_torch(*parts):
     torch.manual_seed(zlib.crc32(repr(parts).encode()))
 
 
-def hash_of_data(data):
-    """A short hash of names, targets, split and some images."""
-    arrays = data.targets, data.train, data.test, data.images[::len(data.images) // 16 + 1]
-    total = zlib.crc32(repr([data.classes, data.names, [part.shape for part in arrays]]).encode())
-    for array in arrays:
-        total = zlib.crc32(np.ascontiguousarray(array), total)
-    return total
+def checksum(*arrays):
+    """CRC-32 of the bytes of arrays."""
+    return zlib.crc32(b"".join(np.asarray(array).tobytes() for array in arrays))
+
+
+def checksum_of(data):
+    """Checksum of names, targets, split and some images."""
+    names = str([data.classes, data.names, data.images.shape, len(data.train)])
+    some = data.images[::len(data.images) // 16 + 1]
+    return checksum(names, data.targets, data.train, data.test, some)
 
 
 def save_views(data, args):
@@ -1273,13 +1265,13 @@ def load_checkpoint(path, *stages):
 def load_networks(args, channels, classes):
     """Student and teacher for stage 2, with the weights of args.start, on args.device.
 
-    args.start  path of a checkpoint, "scratch", "imagenet" or None (no weights)
-    From a checkpoint of stage 1 both networks have one new, identical classifier. Raises UserError
-    unless the checkpoint has exactly the weights that the networks need.
+    args.start  path of a checkpoint, "scratch" or "imagenet"
+    From a checkpoint of stage 1 both networks have one new, identical classifier. Raises
+    RuntimeError unless the checkpoint has exactly the weights that the networks need.
     """
     student = build_network(args.arch, channels, classes, imagenet=args.start == "imagenet")
     teacher, new = make_teacher(student), student.classifier.state_dict(prefix="classifier.")
-    if args.start not in ("scratch", "imagenet", None):
+    if args.start not in ("scratch", "imagenet"):
         saved = load_checkpoint(args.start, "pretrain", "finetune")
         if len(saved["history"]) < saved["args"]["epochs"]:
             print(f"warning: {args.start} is not finished")
@@ -1288,10 +1280,7 @@ def load_networks(args, channels, classes):
             if saved["stage"] == "pretrain":
                 kept = {key: value for key, value in weights.items() if "classifier" not in key}
                 weights = kept | new
-            try:
-                network.load_state_dict(weights)
-            except RuntimeError as error:
-                raise UserError(f"the weights of {args.start} do not match: {error}")
+            network.load_state_dict(weights)
     device = choose_device(args.device)
     return student.to(device), teacher.to(device)
 
@@ -1363,16 +1352,13 @@ def keep_memory():
 
 # ---- 12. Command line [plumbing] -----------------------------------------------------------------
 
-# Settings that are not in the tables; what each command reads; smallest values, 0 unless named.
+# Settings that are not in the tables. Smallest values of numbers, 0 unless named.
 DEFAULTS = dict(data="digits", root=None, cache=None, partial=False, uncertain="zeros", out=None,
                 fresh=False, device="auto", amp=True, seed=0)
-READS = dict(
-    pretrain={*DEFAULTS, *PRETRAIN}, finetune={*DEFAULTS, *FINETUNE, "arch", "start"},
-    evaluate={"root", "cache", "partial", "uncertain", "device", "out", "start"},
-    predict={"files", "device", "out", "start"},
-    ablate={*DEFAULTS, "arch", "size", "epochs", "batch", "init", "labels", "seeds"} - {"seed"})
 LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3,
               labels=1e-6)
+# What stage 2 takes over from the command of stage 1.
+TAKEN_OVER = ("data", "root", "cache", "partial", "uncertain", "size")
 
 
 class Parser(argparse.ArgumentParser):
@@ -1384,138 +1370,104 @@ def label_choice(text):
     """A type for argparse: "all", a file, a fraction below 1, or a number of images."""
     if text == "all" or os.path.isfile(text):
         return text
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        raise UserError(f"--labels {text}: no such file, and not a number")
+    return int(text) if text.isdigit() else float(text)
 
 
 def parse_args(argv=None):
     """Parse a command line, sys.argv[1:] if None. Returns a Namespace. Raises UserError."""
     parser = Parser("s2mts2.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    usage="python %(prog)s COMMAND [options] [FILES]",
-                    epilog="In brackets: the default; others: tables PRETRAIN and FINETUNE.")
-    parser.add_argument("stage", choices=list(READS), help="COMMAND")
+                    usage="python %(prog)s COMMAND [options] [FILES]")
+    parser.add_argument("stage", help="COMMAND",
+                        choices=["pretrain", "finetune", "evaluate", "predict", "ablate"])
     parser.add_argument("files", nargs="*", help="predict: a folder or image files; evaluate: a "
                         "finetune.pt (the newest in runs/*/)")
-    add = parser.add_argument_group("data").add_argument
+    add = parser.add_argument_group("data and run; in brackets the default").add_argument
     add("--data", help="digits, cxr14, chexpert, isic2018, a folder, or an .npz file (digits)")
     add("--root", help="folder of cxr14, chexpert or isic2018 (data/NAME)")
     add("--cache", help="folder for decoded images (the folder of the data)")
     add("--partial", action="store_true", help="use only the image files that are there")
     add("--uncertain", choices=["zeros", "ones", "ignore"], help="-1 of CheXpert (zeros)")
-    add = parser.add_argument_group("run").add_argument
     add("--out", help="folder for results (runs/NAME); predict: CSV file (predicted.csv)")
     add("--fresh", action="store_true", help="start over")
+    add("--from", dest="start", help="a checkpoint, scratch or imagenet (newest in runs/*/)")
     add("--device", help="auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 on GPUs (on)")
     add("--seed", type=int, help="of all random numbers (0)")
     add("--seeds", type=int, help="ablate: runs of each row (3)")
-    add = parser.add_argument_group("both stages").add_argument
-    add("--arch", choices=["densenet121", "tiny"], help="network")
-    add("--size", type=int, help="side of a view in pixels")
-    add("--epochs", type=int, help="passes over the images")
-    add("--batch", type=int, help="images in a step")
-    add("--lr", type=float, help="learning rate of the first epoch")
-    add("--teacher-momentum", type=float, help="EMA decay")
-    add = parser.add_argument_group("stage 1").add_argument
-    add("--init", choices=["random", "imagenet"], help="first weights")
-    add("--keys", type=int, help="key views of an image")
-    add("--queue", type=int, help="negatives")
-    add("--dim", type=int, help="dimensions of an embedding")
-    add("--temperature", type=float, help="divides similarities")
-    add("--covariance-weight", type=float, help="lambda, c in the last epoch")
-    add = parser.add_argument_group("stage 2").add_argument
-    add("--from", dest="start", help="a checkpoint, scratch or imagenet (newest in runs/*/)")
-    add("--labels", type=label_choice, help="fraction of each class, number, all, or file of names")
-    add("--consistency", type=float, help="weight of the consistency loss")
+    add = parser.add_argument_group("stage 1; stage 2", f"Defaults: for {', '.join(RECIPES)}, or "
+                                    "for all. The comments in the file explain each.").add_argument
+    for name in PRETRAIN | FINETUNE:
+        rows = [table[name] for table in (PRETRAIN, FINETUNE) if name in table]
+        values = [value for row in rows for value in (row if isinstance(row, tuple) else [row])]
+        words = sorted(set(values)) if isinstance(values[0], str) else None
+        add("--" + name.replace("_", "-"), choices=words, help="; ".join(map(str, rows)),
+            type=label_choice if name == "labels" else type(values[0]))
     given = vars(parser.parse_intermixed_args(argv))
     stage, files = given.pop("stage"), given.pop("files", [])
-    require(len(files) <= dict(predict=math.inf, evaluate=1).get(stage, 0), f"{stage}: {files}?")
-    if files:
-        given |= dict(start=files[0]) if stage == "evaluate" else dict(files=files)
+    if stage == "evaluate" and files:
+        given["start"] = files.pop()
     for name, value in given.items():
-        option = name.replace("_", "-")
-        high = 1 if name == "teacher_momentum" else sys.float_info.max
-        require(name in READS[stage], f"{stage} does not read --{option}")
-        require(type(value) not in (int, float) or LOWEST.get(name, 0) <= value <= high,
-                f"--{option} {value} is out of range")
-    return complete(stage, given)
+        highest = 1 if name == "teacher_momentum" else sys.float_info.max
+        require(not isinstance(value, (int, float)) or LOWEST.get(name, 0) <= value <= highest,
+                f"--{name} {value} is out of range")
+    args = settings_of(stage, given)
+    unread = sorted(given.keys() - {*vars(args), *args.augment}) + files * (stage != "predict")
+    require(not unread, f"{stage} does not read {unread}")
+    return argparse.Namespace(**vars(args) | dict(files=files))
 
 
-def complete(stage, given):
-    """All settings of a stage: the given ones, else the checkpoint's, else the recipe's."""
+def settings_of(stage, given):
+    """All settings of a command: the given ones, else of the checkpoint, else of the recipe."""
     require(PROCESSES == 1 or stage == "pretrain", f"{stage} runs in one process, without torchrun")
-    if stage == "ablate":
-        # What a run would refuse is refused before the first run.
-        complete("finetune", given | dict(start="scratch"))
-        args = vars(complete("pretrain", given))
-        return argparse.Namespace(**dict(seeds=3) | args | given | dict(stage=stage, given=given))
-    given = {name: value for name, value in given.items() if name in READS[stage]}
-    start, known = given.get("start"), DEFAULTS | given
-    if stage != "pretrain" and start not in ("scratch", "imagenet"):
-        # A checkpoint of stage 2 resumes when the one of stage 1 is gone.
-        kinds = ("pretrain", "finetune") if stage == "finetune" else ("finetune",)
-        start = start or newest(given.get("data"), *kinds)
-        resumed = Path(given.get("out") or Path(start).parent, "finetune.pt")
-        if stage == "finetune" and not os.path.exists(start) and resumed.exists():
-            start = str(resumed)
-        saved = load_checkpoint(start, *kinds)["args"]
-        same = given.get("data", saved["data"]) == saved["data"]
-        resumes = same and Path(start) == resumed and "fresh" not in given
-        require(saved["stage"] == kinds[0] or resumes, f"{start} is not a checkpoint of {kinds[0]}")
+    start, saved = given.get("start"), {}
+    if stage not in ("pretrain", "ablate") and start not in ("scratch", "imagenet"):
+        wanted = "pretrain" if stage == "finetune" else "finetune"
+        start = start or newest(wanted, given.get("data"))
+        saved = load_checkpoint(start, wanted)["args"]
         out = "predicted.csv" if stage == "predict" else str(Path(start).parent)
         if stage != "finetune":
             saved |= dict(device="auto", out=out) | given
             return argparse.Namespace(**saved | dict(stage=stage, start=start))
-        # Another data set takes the network only. A size is taken if it is not the recipe's.
-        names = ["arch"]
-        if same:
-            names += ["data", "root", "cache", "partial", "uncertain"]
-            recipe = settings_of(saved["stage"], saved["recipe"])
-            names += ["size"] * (saved["size"] != recipe["size"])
-            known["out"] = out
-        known |= {name: saved[name] for name in names} | given
-    data, small = known["data"], known.get("arch") == "tiny" and known["data"] != "digits"
-    recipe = data if data in RECIPES and not small else "small"
-    values = settings_of(stage, recipe)
+        # Another data set takes the network only. A size is taken over if it was given.
+        taken = {name: saved["given"][name] for name in TAKEN_OVER if name in saved["given"]}
+        same = given.get("data", saved["data"]) == saved["data"]
+        saved = dict(arch=saved["arch"]) | (taken | dict(out=out) if same else {})
+    known = DEFAULTS | saved | given
+    data, table = known["data"], FINETUNE if stage == "finetune" else PRETRAIN
+    small = data not in RECIPES or known.get("arch") == "tiny" and data != "digits"
+    column = RECIPES.index("small" if small else data)
+    values = {name: row[column] if isinstance(row, tuple) else row
+              for name, row in (dict(arch=PRETRAIN["arch"]) | table).items()}
     if stage == "finetune" and data in RECIPES:
-        values["labels"] = settings_of(stage, data)["labels"]
-    args = argparse.Namespace(**values | known | dict(stage=stage, recipe=recipe, start=start))
+        values["labels"] = FINETUNE["labels"][RECIPES.index(data)]
+    values |= {name: known[name] for name in known if name in DEFAULTS | values}
+    values["augment"] = PLAIN | {name: values.pop(name) for name in PLAIN if name in values}
+    args = argparse.Namespace(**values | dict(stage=stage, start=start, given=given))
     require(args.batch % PROCESSES == 0, f"--batch must be a multiple of {PROCESSES} processes")
     require(args.arch == "tiny" or args.size >= 32, "densenet121 needs --size 32 or more")
     require(args.arch != "tiny" or "imagenet" not in (given.get("init"), start),
             "tiny has no ImageNet weights; use --arch densenet121")
     for name, sets in dict(root=RECIPES[:3], partial=RECIPES[:3], uncertain=["chexpert"]).items():
         require(name not in given or data in sets, f"--{name} is only for {', '.join(sets)}")
+    if stage == "ablate":
+        # What stage 2 would refuse is refused before the first run.
+        settings_of("finetune", given | dict(start="scratch"))
+        args = argparse.Namespace(**dict(seeds=3) | vars(args) | given)
     return args
 
 
-def settings_of(stage, recipe):
-    """The column of a recipe. The strengths of the views go into augment."""
-    rows = PRETRAIN if stage == "pretrain" else dict(arch=PRETRAIN["arch"]) | FINETUNE
-    column = RECIPES.index(recipe)
-    values = {name: row[column] if isinstance(row, tuple) else row for name, row in rows.items()}
-    augment = PLAIN | {name: values.pop(name) for name in PLAIN if name in values}
-    return values | dict(augment=augment)
-
-
-def newest(data, *stages):
-    """Path of the newest checkpoint of a stage in runs/*/, of a data set if it is given."""
-    for stage in stages:
-        for path in sorted(Path("runs").glob(f"*/{stage}.pt"), key=os.path.getmtime, reverse=True):
-            try:
-                if data in (None, load_checkpoint(path, stage)["args"]["data"]):
-                    return str(path)
-            except UserError as error:
-                print(f"note: {error}")
-    raise UserError(f"no {stages[0]}.pt in runs/*/; first run python s2mts2.py {stages[0]}")
+def newest(stage, data):
+    """Path of the newest checkpoint of a stage in runs/*/, or of the one in runs/<data>/."""
+    folder = f"runs/{title_of(data) if data else '*'}"
+    path = max(Path().glob(f"{folder}/{stage}.pt"), key=os.path.getmtime, default=None)
+    require(path, f"no {folder}/{stage}.pt; first run python s2mts2.py {stage}, or use --from")
+    return str(path)
 
 
 def evaluate_again(data, args):
     """Test the networks of the checkpoint args.start again. Raises UserError for other data."""
     saved = load_checkpoint(args.start, "finetune")
-    require(saved["settings"]["data"] == hash_of_data(data), f"{args.start} is of other data")
+    require(saved["settings"]["data"] == checksum_of(data), f"{args.start} is of other data")
     return report(*load_networks(args, saved["channels"], len(data.classes)), data, args)
 
 
@@ -1525,15 +1477,15 @@ def predict(args):
     Network, size, channels and classes are the checkpoint's. Raises UserError at the end if images
     are broken; the others are in the file.
     """
-    saved, files = load_checkpoint(args.start, "finetune"), getattr(args, "files", [])
+    saved, scores = load_checkpoint(args.start, "finetune"), {}
     _, teacher = load_networks(args, saved["channels"], len(saved["classes"]))
-    paths, scores = dict(zip(files, files)), {}
-    if len(files) == 1 and os.path.isdir(files[0]):
-        paths = {name: f"{files[0]}/{name}" for name in image_files(files[0])}
+    paths = dict(zip(args.files, args.files))
+    if len(args.files) == 1 and os.path.isdir(args.files[0]):
+        paths = {name: f"{args.files[0]}/{name}" for name in image_files(args.files[0])}
     require(paths, "predict needs a folder or image files")
     for name, path in tqdm(paths.items(), "predict", unit="image"):
         try:
-            image = torch.from_numpy(decode(path, args.size, saved["channels"])[None].copy())
+            image = torch.from_numpy(decode(path, args.size, saved["channels"])[None])
             scores[name] = predict_batch(teacher, image, args.size, saved["multilabel"])[0]
         except UserError as error:
             tqdm.write(str(error))
@@ -1560,7 +1512,7 @@ def main(argv=None):
         keep_memory()
         if PROCESSES > 1:
             backend = "nccl" if choose_device(args.device).type == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=datetime.timedelta(days=2))
+            distributed.init_process_group(backend, timeout=timedelta(days=2))
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         if args.stage in ("predict", "ablate"):
             dict(predict=predict, ablate=ablate)[args.stage](args)
@@ -1569,12 +1521,12 @@ def main(argv=None):
             stages[args.stage](data_for(args), args)
         return 0
     except KeyboardInterrupt:
-        words = " ".join(word for word in argv or sys.argv[1:] if word != "--fresh")
-        print(f"\nstopped; the same command resumes: python s2mts2.py {words}", file=sys.stderr)
+        print("\nstopped; the same command, without --fresh, resumes", file=sys.stderr)
         return 130
     except (UserError, OSError, RuntimeError) as error:
-        # Of torch's own errors the user can fix too little memory.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        # Of torch's own errors the user can fix too little memory and another network.
+        if isinstance(error, RuntimeError) and not any(
+                word in str(error) for word in ("memory", "state_dict")):
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
