@@ -146,8 +146,8 @@ PRETRAIN = dict(
 FINETUNE = dict(
     # [our choice] 224 for chexpert and isic2018.
     size=(512, 224, 224, 32, 64),
-    epochs=(30, 30, 80, 14, 10),
-    # Labelled images in a step; the unlabelled images are as many.
+    epochs=(30, 30, 80, 14, 5),
+    # Unlabelled images in a step; as many labelled images, but none twice in a step.
     batch=(16, 64, 16, 32, 64),
     # AdamW; without weight decay it is Adam. This eps is far above most gradients, so a step is
     # nearly that of SGD with a learning rate of lr / eps = 0.5. With few labels these large steps
@@ -159,7 +159,7 @@ FINETUNE = dict(
     teacher_momentum=(0.999, 0.999, 0.999, 0.97, 0.99),
     # Weight w of the consistency loss; fraction of the epochs in which w increases to it. w is 0 in
     # the first epoch. With ramp = 1 it is (epochs - 1) / epochs of its value in the last.
-    consistency=(1.0, 1.0, 1.0, 200.0, 50.0),
+    consistency=(1.0, 1.0, 1.0, 200.0, 20.0),
     ramp=(1.0, 1.0, 1.0, 1.0, 0.33),
     # Labels in use, see choose_labelled. [our choice] CheXpert: the authors' lists are unpublished.
     labels=(0.02, 0.02, 0.2, 10, "all"),
@@ -382,8 +382,7 @@ def enqueue(queue, means):
 def finetune(data, args):
     """Fine-tune student and teacher with a few labels and all unlabelled images, then test both.
 
-    data  Data
-    args  from parse_args(["finetune", ...])
+    data  Data                             args  from parse_args(["finetune", ...])
     Returns the dict in metrics.json. Writes finetune.pt, log.jsonl, labelled.txt, metrics.json and
     predictions.csv to the output folder. Raises UserError if args and data do not match.
     """
@@ -396,39 +395,39 @@ def finetune(data, args):
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, (args.beta1, args.beta2), args.eps,
                                   args.weight_decay, fused=device.type != "mps")
     steps = math.ceil(max(len(labelled), len(unlabelled)) / args.batch)
-    labelled_batch = min(args.batch, len(labelled))
     use_unlabelled = args.consistency > 0 and len(unlabelled) > 0
+    # L labelled and N unlabelled images in a step. [our choice] No labelled image twice in a step.
+    batch = min(args.batch, len(labelled))
     print(f"{len(labelled):,} labelled and {len(unlabelled):,} unlabelled training images")
-    run = Run(data, args, steps * (labelled_batch + use_unlabelled * args.batch), labelled,
+    run = Run(data, args, steps * (batch + args.batch * use_unlabelled), labelled,
               student=student, teacher=teacher, optimizer=optimizer)
-    names = "".join(f"{data.names[index]}\n" for index in labelled)
-    write_file(output_folder(data, args) / "labelled.txt", names)
+    write_file(run.path.with_name("labelled.txt"), "".join(f"{data.names[i]}\n" for i in labelled))
 
     for epoch in range(run.epochs_done, args.epochs):
         run.start_epoch(epoch)
         # [authors' code] w increases, with ramp = 1 until the end. At first the classifier is
         # random, and so are the teacher's predictions.
         weight = args.consistency * min(1, epoch / (args.ramp * args.epochs))
-        labels = batches(labelled, steps, labelled_batch, args, epoch)
-        others = batches(unlabelled, steps, args.batch, args, epoch) if use_unlabelled else labels
-        for step, (indices, other) in enumerate(zip(labels, others)):
-            targets = torch.from_numpy(data.targets[indices]).to(device)           # [N, C]
-            images = take(data, indices, device)              # uint8 [N, channels, height, width]
-            views = random_views(images, args.augment, args.size)        # [N, channels, size, size]
+        pairs = zip(batches(labelled, steps, batch, args, epoch),
+                    batches(unlabelled, steps, args.batch, args, epoch))
+        for step, (indices, others) in enumerate(pairs):
+            targets = torch.from_numpy(data.targets[indices]).to(device)             # [L, C]
+            images = take(data, indices, device)                # uint8 [L, channels, height, width]
+            views = random_views(images, args.augment, args.size)      # [L, channels, size, size]
             if use_unlabelled:
                 # [Mean Teacher] Each network has its own view. In the authors' code both see one.
-                images = take(data, other, device)      # uint8 [N, channels, height, width]
+                images = take(data, others, device)             # uint8 [N, channels, height, width]
                 teacher_views = random_views(images, args.augment, args.size)
                 student_views = random_views(images, args.augment, args.size)
-                views = torch.cat([views, student_views])                # [2 N, channels, ...]
+                views = torch.cat([views, student_views])                  # [L + N, channels, ...]
             with mixed_precision(device, args.amp):
-                logits = student(views).float()                          # [N, C] or [2 N, C]
+                logits = student(views).float()                            # [L, C] or [L + N, C]
                 if use_unlabelled:
                     with torch.no_grad():
-                        teacher_logits = teacher(teacher_views).float()  # [N, C]
-            loss = supervised_loss(logits[:labelled_batch], targets, data.multilabel)
+                        teacher_logits = teacher(teacher_views).float()    # [N, C]
+            loss = supervised_loss(logits[:batch], targets, data.multilabel)
             if use_unlabelled:
-                loss = loss + weight * consistency_loss(logits[labelled_batch:], teacher_logits,
+                loss = loss + weight * consistency_loss(logits[batch:], teacher_logits,
                                                         data.multilabel)
             optimizer.zero_grad()
             loss.backward()
@@ -579,8 +578,9 @@ def ablate(args):
     A seed has the same labels in every row. Each run has a folder in args.out; a finished run is
     only evaluated again. Returns the dict in ablation.json: {row: {metric: [value of each seed]}}.
     """
-    data1, data2 = (data_for(settings_of(stage, args.given | dict(start="scratch")))
-                    for stage in ("pretrain", "finetune"))
+    # The settings of stage 2 first: what it would refuse is refused before the first run.
+    data2, data1 = (data_for(settings_of(stage, args.given | dict(start="scratch")))
+                    for stage in ("finetune", "pretrain"))
     out = Path(args.out or f"runs/{data1.name}/ablation")
     table = {row: {} for row in ABLATION}
     for seed in range(args.seeds):
@@ -798,20 +798,19 @@ class Data:
         self.train, self.test = np.asarray(self.train, np.int64), np.asarray(self.test, np.int64)
         self.classes, self.names = list(map(str, self.classes)), list(map(str, self.names))
         count, shape = len(self.names), self.images.shape
-        require(self.images.dtype == np.uint8 and len(shape) == 4 and shape[:2] in ((count, 1),
-                (count, 3)), "images must be uint8 [n, 1 or 3, height, width], with n names")
+        require(self.images.dtype == np.uint8 and shape[:-2] in ((count, 1), (count, 3)),
+                "images must be uint8 [n, 1 or 3, height, width], with n names")
         require(self.targets.shape == (count, len(self.classes)), "targets must be [n, classes]")
         used = np.concatenate([self.train, self.test])
         require(len(self.train) and len(self.test) and 0 <= used.min() and used.max() < count,
-                "train and test must be indices of images, and not empty (see column split)")
+                "train and test must be indices of images, and not empty (see labels.csv)")
         last = {name: index for index, name in enumerate(self.names)}
-        tested = np.isin(np.arange(count), self.test)
         for right, rule in (
                 (np.arange(count) == [last[name] for name in self.names], "is there twice"),
                 (np.bincount(used, minlength=count) < 2, "is in train and test twice"),
                 (np.isin(np.nan_to_num(self.targets), (0, 1)).all(1), "has a wrong target"),
                 (self.multilabel | ~self.known | (self.targets.sum(1) == 1), "is not one-hot"),
-                (self.known | ~tested, "is in test but not labelled")):
+                (self.known | ~np.isin(np.arange(count), self.test), "is in test without label")):
             require(right.all(), f"image {self.names[right.argmin()]} {rule}")
 
     @property
@@ -841,11 +840,9 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
             data = load_npz(root)
         else:
             columns, classes, channels, multilabel = loaders.get(name, load_folder)(root, uncertain)
-            if partial:
-                there = [os.path.exists(path) for path in columns[1]]
-                columns = (np.array(column)[there] for column in columns)
-            names, paths, split, targets = columns
-            train, test = (np.flatnonzero(np.array(split) == part) for part in ("train", "test"))
+            kept = [not partial or os.path.exists(path) for path in columns[1]]
+            names, paths, split, targets = (np.array(column)[kept] for column in columns)
+            train, test = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
             # Images that need no memory, until all other parts are known to be valid.
             images = np.broadcast_to(np.uint8(0), (len(names), channels, size, size))
             data = Data(title_of(name), images, targets, classes, names, train, test, multilabel)
@@ -855,11 +852,10 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"cannot read {root} ({reason}); README.md has links and layouts")
-    total, labelled = len(data.names), data.known.sum()
-    counts = map("{} {:,.0f}".format, data.classes, np.nansum(data.targets, 0))
-    print(f"{data.name}: {total:,} images, {labelled:,} labelled, {total - labelled:,} unlabelled; "
-          f"{len(data.train):,} train, {len(data.test):,} test; "
-          f"{'multi-label' if data.multilabel else 'one class an image'}: {', '.join(counts)}")
+    kind, known = "multi-label" if data.multilabel else "one class an image", data.known
+    counts = ", ".join(map("{} {:,.0f}".format, data.classes, np.nansum(data.targets, 0)))
+    print(f"{data.name}: {len(known):,} images, {known.sum():,} labelled, {(~known).sum():,} "
+          f"unlabelled; {len(data.train):,} train, {len(data.test):,} test; {kind}: {counts}")
     return data
 
 
@@ -880,18 +876,16 @@ def load_digits():
 
 def load_npz(path):
     """A 2D set of MedMNIST (arXiv 2110.14795): {train,val,test}_{images,labels}; val is train."""
-    # Without allow_pickle: object arrays could run code.
-    with np.load(path, allow_pickle=False) as file:
-        parts = [[file[f"{part}_{kind}"] for part in ("train", "val", "test")]
-                 for kind in ("images", "labels")]
-    images, labels = map(np.concatenate, parts)
-    first = len(labels) - len(parts[1][2])
+    # Not with allow_pickle: object arrays could run code.
+    file, parts = np.load(path), ("train", "val", "test")
+    images = np.concatenate([file[f"{part}_images"] for part in parts])
+    labels = np.concatenate([file[f"{part}_labels"] for part in parts])
     images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
-    multilabel = labels.shape[1] > 1
+    train, test = np.split(np.arange(len(labels)), [-len(file["test_labels"])])
+    names, multilabel = [f"image{row:06d}" for row in range(len(labels))], labels.shape[1] > 1
     targets = labels if multilabel else np.eye(labels.max() + 1)[labels[:, 0]]
-    names = [f"image{row:06d}" for row in range(len(labels))]
-    return Data(title_of(path), images, targets, range(targets.shape[1]), names, np.arange(first),
-                np.arange(first, len(labels)), multilabel)
+    classes = range(targets.shape[1])
+    return Data(title_of(path), images, targets, classes, names, train, test, multilabel)
 
 
 CXR14_CLASSES = (
@@ -910,10 +904,9 @@ def load_cxr14(root, uncertain):
     # Not the csv module: the header has commas that are not quoted.
     findings = dict(line.split(",", 2)[:2] for line in read_lines(table)[1:])
     train, test = read_lines(root / "train_val_list.txt"), read_lines(root / "test_list.txt")
-    labels = [findings[name].split("|") for name in train + test]
-    wrong = set().union(*labels) - {"No Finding", *CXR14_CLASSES}
-    require(not wrong, f"{table}: unknown labels {wrong}")
-    targets = [[name in found for name in CXR14_CLASSES] for found in labels]
+    # A row for each finding; the last row is zero.
+    rows = dict(zip([*CXR14_CLASSES, "No Finding"], np.eye(15, 14)))
+    targets = [sum(rows[label] for label in findings[name].split("|")) for name in train + test]
     folders = filter(os.path.isdir, [root / "images", root / "data", *root.glob("images_*/images")])
     folder_of = {name: folder for folder in map(str, folders) for name in os.listdir(folder)}
     paths = [f"{folder_of.get(name, root)}/{name}" for name in train + test]
@@ -927,8 +920,7 @@ def load_chexpert(root, uncertain):
     [our choice] 10 % are in neither part, for tuning. A blank is negative. For -1 the CheXpert
     paper has U-Zeros, U-Ones and U-Ignore. With "ignore" it is 0 in the test images.
     """
-    tables = [root / name / "train.csv" for name in (".", "CheXpert-v1.0-small", "CheXpert-v1.0")]
-    table = next(filter(Path.exists, tables), tables[0])
+    table = max(root.glob("CheXpert-v1.0*/train.csv"), default=root / "train.csv")
     header, *rows = read_table(table)
     value = {"": 0, "0.0": 0, "1.0": 1, "-1.0": dict(zeros=0, ones=1, ignore=np.nan)[uncertain]}
     targets = np.array([[value[cell] for cell in row[5:]] for row in rows], np.float32)
@@ -968,28 +960,25 @@ def load_folder(root, uncertain):
     classes = [name for name in header if name not in ("image", "split", "group")]
     require(header[0] == "image" and classes, f"{table}: needs the column image, then classes")
     rows = [[Path(row[0]).as_posix(), *row[1:]] for row in rows]
-    blank = [""] * (len(header) - 1)
-    rows += [[name, *blank] for name in set(files) - {row[0] for row in rows}]
+    rows += [[name] + [""] * len(header[1:]) for name in set(files) - {row[0] for row in rows}]
     columns = dict(zip(header, zip(*sorted(rows))))
     names, value = columns["image"], {"": np.nan, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
     # Another cell becomes 2: Data names its image. Data also finds an image that is there twice.
     targets = np.array([[value.get(cell, 2) for cell in columns[name]] for name in classes]).T
     full = ~np.isnan(targets).any(1)
     one_hot = len(classes) > 1 and full.any() and (targets[full].sum(1) == 1).all()
-    labelled = full if one_hot else ~np.isnan(targets).all(1)
-    require(labelled.any(), f"{table}: no image is labelled")
     groups = [group or name for group, name in zip(columns.get("group", names), names)]
     if "split" in columns:
         split = [part or "train" for part in columns["split"]]
         side = dict(zip(groups, split))
-        wrong = [row for row in zip(names, groups, split) if row[2] not in ("train", "test")
-                 or row[2] != side[row[1]]]
-        require(not wrong, f"{table}: split is train or test, one for a group; see {wrong[:1]}")
+        for name, group, part in zip(names, groups, split):
+            require(part in ("train", "test") and part == side[group],
+                    f"{table}: split is train or test, one for a group; see {name}, group {group}")
     else:
+        labelled = full if one_hot else ~np.isnan(targets).all(1)
         tested = {group for group, known in zip(groups, labelled) if known and in_fifth(group)}
-        inside = np.array([group in tested for group in groups])
         # An unlabelled image of a test group is in neither part.
-        split = np.select([~inside, labelled], ["train", "test"], "")
+        split = np.select([~np.isin(groups, list(tested)), labelled], ["train", "test"], "")
     paths = [f"{root}/{name}" for name in names]
     grey = all(Image.open(path).mode in ("1", "L", "LA") for path in paths)
     return (names, paths, split, targets), classes, 1 if grey else 3, not one_hot
@@ -997,9 +986,8 @@ def load_folder(root, uncertain):
 
 def image_files(root):
     """Names of the PNG and JPEG files in a folder, at any depth, sorted; not our own views.png."""
-    names = sorted(path.relative_to(root).as_posix() for path in Path(root).rglob("*")
-                   if path.suffix.lower() in (".png", ".jpg", ".jpeg")
-                   and path.name[0] != "." and path.name != "views.png")
+    names = sorted(path.relative_to(root).as_posix() for path in Path(root).rglob("[!.]*")
+                   if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.name != "views.png")
     require(names, f"{root} is not a folder with PNG or JPEG files")
     return names
 
@@ -1030,8 +1018,7 @@ def decode(path, size, channels):
             # Pillow would cut 16 bits to 8 at white.
             require(image.mode[0] not in "IF", "not 8 bits for each channel")
             image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-            image = image.resize((size, size), Image.BILINEAR)
-            return np.array(image).reshape(size, size, channels).transpose(2, 0, 1)
+            return np.stack(image.resize((size, size), Image.BILINEAR).split())
     except Exception as error:
         raise UserError(f"cannot read image {path} ({error}); replace it or remove it")
 
@@ -1040,11 +1027,12 @@ def decode_all(names, paths, size, channels, cache):
     """Decode image files once, to a file in the folder cache. Returns uint8, memory-mapped.
 
     The file is raw bytes. Until it is complete it is called .part, and its length is the progress:
-    an interrupted call resumes. A complete file opens without the image files.
+    an interrupted call resumes. A complete file opens without the image files. Of several processes
+    the first decodes, and the others wait.
     """
     key = zlib.crc32("\0".join(names).encode())
     whole, length = cache / f"{size}px-{channels}-{key:08x}.uint8", channels * size**2
-    if not whole.exists():
+    if RANK == 0 and not whole.exists():
         gone = [str(path) for path in paths if not os.path.exists(path)]
         require(not gone, f"{len(gone):,} of {len(paths):,} image files are missing, such as "
                           f"{gone[:1]}; --partial does without them")
@@ -1055,9 +1043,10 @@ def decode_all(names, paths, size, channels, cache):
             stream.truncate(done * length)
             for start in tqdm(range(done, len(paths), 64), "decode", unit="image", unit_scale=64):
                 block = paths[start:start + 64]
-                for image in pool.map(lambda path: decode(path, size, channels), block):
-                    stream.write(image.tobytes())
+                stream.writelines(pool.map(lambda path: decode(path, size, channels), block))
         os.replace(part, whole)
+    if PROCESSES > 1:
+        distributed.barrier()
     require(whole.stat().st_size == len(paths) * length, f"{whole} is damaged; delete it")
     return np.memmap(whole, np.uint8, "r", shape=(len(paths), channels, size, size))
 
@@ -1075,16 +1064,13 @@ def choose_labelled(data, labels, seed):
     nearest number, at least one. A number of images is met exactly, in nearly the same proportions.
     """
     pool = data.train[data.known[data.train]]
-    require(len(pool), "no training image is labelled")
-    positive = data.targets[pool] == 1
-    if labels == "all":
-        return np.sort(pool)
-    if isinstance(labels, (str, os.PathLike)):
+    if labels != "all" and isinstance(labels, (str, os.PathLike)):
         wanted, names = set(read_lines(labels)), [data.names[index] for index in pool]
         other = sorted(wanted.difference(names))
         require(wanted and not other, f"--labels {labels}: no labelled training image {other[:1]}")
         return np.sort(pool[[name in wanted for name in names]])
     random, threshold = np.random.RandomState(seed), np.ones(len(pool))
+    positive = data.targets[pool] == 1
     # Without a positive target: "No Finding". Multi-class data has no such images.
     for column in [*positive.T, ~positive.any(1)]:
         members = random.permutation(np.flatnonzero(column))
@@ -1092,18 +1078,15 @@ def choose_labelled(data, labels, seed):
         fractions = (np.arange(len(members)) + 0.5) / len(members)
         fractions[:1] = 0
         threshold[members] = np.minimum(threshold[members], fractions)
-    count, least = (threshold <= labels).sum() if labels < 1 else labels, (threshold == 0).sum()
-    require(least <= count <= len(pool) and count % 1 == 0, f"--labels {labels} is not from "
+    count, least = len(pool) if labels == "all" else labels, max(1, (threshold == 0).sum())
+    if 0 < count < 1:
+        count = (threshold <= count).sum()
+    require(count % 1 == 0 and least <= count <= len(pool), f"--labels {labels} is not from "
             f"{least}, one of each class, to {len(pool)}, all labelled images")
     return np.sort(pool[np.argsort(threshold, kind="stable")[:int(count)]])
 
 
 # ---- 10. Runs and checkpoints [plumbing] ---------------------------------------------------------
-
-# Settings that do not change the result, or that a checksum covers.
-NOT_COMPARED = ("data", "root", "cache", "partial", "uncertain", "device", "out", "fresh", "start",
-                "given", "files")
-
 
 class Run:
     """A stage in its output folder: settings, checkpoint, log, bar, learning rate, seeds.
@@ -1120,8 +1103,9 @@ class Run:
         self.path = output_folder(data, args) / f"{args.stage}.pt"
         # Plain values, whatever a notebook gave.
         plain = json.loads(json.dumps(vars(args), default=str))
-        settings = {name: value for name, value in plain.items() if name not in NOT_COMPARED}
-        print(f"\n{self.path}, start {args.start}: {json.dumps(settings)}".replace('"', ""))
+        # The others do not change the result, or a checksum covers them.
+        others = {*DEFAULTS, "start", "given", "files"} - {"seed", "amp"}
+        settings = {name: value for name, value in plain.items() if name not in others}
         # The first weights: another stage 1 is another run of stage 2.
         weights = [weight.detach().cpu() for weight in state["student"].parameters()]
         settings |= dict(data=checksum_of(data), labelled=checksum(np.int64(labelled)),
@@ -1140,8 +1124,8 @@ class Run:
                 load(saved["state"][name])
             self.history = saved["history"]
         self.epochs_done = done = len(self.history)
-        if done:
-            print(f"{self.path}:", "finished" if done == args.epochs else f"{done} epochs done")
+        state = "finished" if done == args.epochs else f"{done} epochs done"
+        print(f"\n{self.path}, start {args.start}, {state}: {settings}".replace("'", ""))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.bar = tqdm(total=args.epochs * self.images, initial=done * self.images, unit="image",
                         desc=args.stage, unit_scale=True, mininterval=0.5,
@@ -1201,10 +1185,10 @@ def learning_rate(args, epoch):
 def batches(indices, steps, batch, args, epoch):
     """int64 [steps, batch]: the indices in random order, repeated if there are not enough.
 
-    With several processes: the part of this process of each batch.
+    No indices give empty batches. With several processes: this process's part of each batch.
     """
     random = np.random.RandomState([args.seed, epoch])
-    repeats = math.ceil(steps * batch / len(indices))
+    repeats = math.ceil(steps * batch / max(1, len(indices)))
     order = np.concatenate([random.permutation(indices) for _ in range(repeats)])
     return order[:steps * batch].reshape(steps, PROCESSES, -1)[:, RANK]
 
@@ -1276,11 +1260,9 @@ def load_networks(args, channels, classes):
         if len(saved["history"]) < saved["args"]["epochs"]:
             print(f"warning: {args.start} is not finished")
         for network, name in ((student, "student"), (teacher, "teacher")):
-            weights = saved["state"][name]
-            if saved["stage"] == "pretrain":
-                kept = {key: value for key, value in weights.items() if "classifier" not in key}
-                weights = kept | new
-            network.load_state_dict(weights)
+            kept = {key: value for key, value in saved["state"][name].items()
+                    if "classifier" not in key or saved["stage"] == "finetune"}
+            network.load_state_dict(new | kept)
     device = choose_device(args.device)
     return student.to(device), teacher.to(device)
 
@@ -1297,9 +1279,8 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 def synchronise(network):
     """BatchNorm with the statistics of all processes. PyTorch has it for GPUs only: on CPUs each
     process normalises with its part of the batch."""
-    if PROCESSES > 1 and next(network.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return network
+    common = PROCESSES > 1 and next(network.parameters()).is_cuda
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network) if common else network
 
 
 def in_parallel(student):
@@ -1352,13 +1333,12 @@ def keep_memory():
 
 # ---- 12. Command line [plumbing] -----------------------------------------------------------------
 
-# Settings that are not in the tables. Smallest values of numbers, 0 unless named.
+# Settings that are not in the tables. Smallest values of numbers, 0 unless named. Possible words.
 DEFAULTS = dict(data="digits", root=None, cache=None, partial=False, uncertain="zeros", out=None,
                 fresh=False, device="auto", amp=True, seed=0)
-LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3,
-              labels=1e-6)
-# What stage 2 takes over from the command of stage 1.
-TAKEN_OVER = ("data", "root", "cache", "partial", "uncertain", "size")
+LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3)
+WORDS = dict(arch=("densenet121", "tiny"), init=("imagenet", "random"),
+             schedule=("cosine", "steps"), uncertain=("zeros", "ones", "ignore"))
 
 
 class Parser(argparse.ArgumentParser):
@@ -1368,40 +1348,49 @@ class Parser(argparse.ArgumentParser):
 
 def label_choice(text):
     """A type for argparse: "all", a file, a fraction below 1, or a number of images."""
-    if text == "all" or os.path.isfile(text):
-        return text
-    return int(text) if text.isdigit() else float(text)
+    return text if text == "all" or os.path.isfile(text) else float(text)
 
 
 def parse_args(argv=None):
-    """Parse a command line, sys.argv[1:] if None. Returns a Namespace. Raises UserError."""
-    parser = Parser("s2mts2.py", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    usage="python %(prog)s COMMAND [options] [FILES]")
-    parser.add_argument("stage", help="COMMAND",
-                        choices=["pretrain", "finetune", "evaluate", "predict", "ablate"])
-    parser.add_argument("files", nargs="*", help="predict: a folder or image files; evaluate: a "
-                        "finetune.pt (the newest in runs/*/)")
-    add = parser.add_argument_group("data and run; in brackets the default").add_argument
-    add("--data", help="digits, cxr14, chexpert, isic2018, a folder, or an .npz file (digits)")
-    add("--root", help="folder of cxr14, chexpert or isic2018 (data/NAME)")
-    add("--cache", help="folder for decoded images (the folder of the data)")
-    add("--partial", action="store_true", help="use only the image files that are there")
-    add("--uncertain", choices=["zeros", "ones", "ignore"], help="-1 of CheXpert (zeros)")
-    add("--out", help="folder for results (runs/NAME); predict: CSV file (predicted.csv)")
-    add("--fresh", action="store_true", help="start over")
-    add("--from", dest="start", help="a checkpoint, scratch or imagenet (newest in runs/*/)")
-    add("--device", help="auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 on GPUs (on)")
-    add("--seed", type=int, help="of all random numbers (0)")
-    add("--seeds", type=int, help="ablate: runs of each row (3)")
-    add = parser.add_argument_group("stage 1; stage 2", f"Defaults: for {', '.join(RECIPES)}, or "
-                                    "for all. The comments in the file explain each.").add_argument
-    for name in PRETRAIN | FINETUNE:
-        rows = [table[name] for table in (PRETRAIN, FINETUNE) if name in table]
-        values = [value for row in rows for value in (row if isinstance(row, tuple) else [row])]
-        words = sorted(set(values)) if isinstance(values[0], str) else None
-        add("--" + name.replace("_", "-"), choices=words, help="; ".join(map(str, rows)),
-            type=label_choice if name == "labels" else type(values[0]))
+    """Parse a command line, sys.argv[1:] if None. Returns a Namespace. Raises UserError.
+
+    COMMAND      pretrain, finetune, evaluate, predict or ablate
+    FILES        predict: a folder or image files; evaluate: a finetune.pt (the newest in runs/*/)
+
+    data and run; in brackets the default:
+      --data       digits, cxr14, chexpert, isic2018, a folder, or an .npz file (digits)
+      --root       folder of cxr14, chexpert or isic2018 (data/NAME)
+      --cache      folder for decoded images (the folder of the data)
+      --partial    use only the image files that are there
+      --uncertain  -1 of CheXpert: zeros, ones or ignore (zeros)
+      --out        folder for results (runs/NAME); predict: CSV file (predicted.csv)
+      --fresh      start over
+      --from       a checkpoint, scratch or imagenet (newest in runs/*/)
+      --device     auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)
+      --amp        bfloat16 on GPUs; --no-amp: not (on)
+      --seed       of all random numbers (0)
+      --seeds      ablate: runs of each row (3)
+
+    The other options are settings of stage 1; stage 2. Below are the defaults, for cxr14, chexpert,
+    isic2018, digits and small, or for all. The comments in the file explain each.
+    """
+    # --help prints the text above.
+    text = parse_args.__doc__.partition("UserError.")[2]
+    parser = Parser("s2mts2.py", "python %(prog)s COMMAND [options] [FILES]", text,
+                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    parser.add_argument("stage", choices=["pretrain", "finetune", "evaluate", "predict", "ablate"])
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("--from", dest="start", help=argparse.SUPPRESS)
+    for name, row in (DEFAULTS | dict(seeds=3) | PRETRAIN | FINETUNE).items():
+        option, value = "--" + name.replace("_", "-"), row[0] if isinstance(row, tuple) else row
+        shown = "; ".join(str(table[name]) for table in (PRETRAIN, FINETUNE) if name in table)
+        shown = shown or argparse.SUPPRESS
+        kind = dict(labels=label_choice, root=str, cache=str, out=str).get(name, type(value))
+        if kind is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, help=shown)
+        else:
+            parser.add_argument(option, type=kind, choices=WORDS.get(name), help=shown)
     given = vars(parser.parse_intermixed_args(argv))
     stage, files = given.pop("stage"), given.pop("files", [])
     if stage == "evaluate" and files:
@@ -1422,25 +1411,30 @@ def settings_of(stage, given):
     start, saved = given.get("start"), {}
     if stage not in ("pretrain", "ablate") and start not in ("scratch", "imagenet"):
         wanted = "pretrain" if stage == "finetune" else "finetune"
-        start = start or newest(wanted, given.get("data"))
+        pattern = f"runs/{title_of(given['data']) if 'data' in given else '*'}/{wanted}.pt"
+        newest = max(Path().glob(pattern), key=os.path.getmtime, default=None)
+        start = str(start or newest or "")
+        require(start, f"no {pattern}; first run python s2mts2.py {wanted}, or use --from")
         saved = load_checkpoint(start, wanted)["args"]
         out = "predicted.csv" if stage == "predict" else str(Path(start).parent)
         if stage != "finetune":
             saved |= dict(device="auto", out=out) | given
             return argparse.Namespace(**saved | dict(stage=stage, start=start))
         # Another data set takes the network only. A size is taken over if it was given.
-        taken = {name: saved["given"][name] for name in TAKEN_OVER if name in saved["given"]}
         same = given.get("data", saved["data"]) == saved["data"]
-        saved = dict(arch=saved["arch"]) | (taken | dict(out=out) if same else {})
+        taken = ("data", "root", "cache", "partial", "uncertain", "size") if same else ()
+        saved = {name: saved["given"][name] for name in taken if name in saved["given"]} | dict(
+            arch=saved["arch"], out=out if same else None)
     known = DEFAULTS | saved | given
-    data, table = known["data"], FINETUNE if stage == "finetune" else PRETRAIN
+    data = known["data"]
     small = data not in RECIPES or known.get("arch") == "tiny" and data != "digits"
     column = RECIPES.index("small" if small else data)
-    values = {name: row[column] if isinstance(row, tuple) else row
-              for name, row in (dict(arch=PRETRAIN["arch"]) | table).items()}
+    tables = dict(pretrain=PRETRAIN, ablate=dict(seeds=3) | FINETUNE | PRETRAIN)
+    rows = DEFAULTS | dict(arch=PRETRAIN["arch"]) | tables.get(stage, FINETUNE)
     if stage == "finetune" and data in RECIPES:
-        values["labels"] = FINETUNE["labels"][RECIPES.index(data)]
-    values |= {name: known[name] for name in known if name in DEFAULTS | values}
+        rows["labels"] = FINETUNE["labels"][RECIPES.index(data)]
+    values = {name: known.get(name, row[column] if isinstance(row, tuple) else row)
+              for name, row in rows.items()}
     values["augment"] = PLAIN | {name: values.pop(name) for name in PLAIN if name in values}
     args = argparse.Namespace(**values | dict(stage=stage, start=start, given=given))
     require(args.batch % PROCESSES == 0, f"--batch must be a multiple of {PROCESSES} processes")
@@ -1449,22 +1443,10 @@ def settings_of(stage, given):
             "tiny has no ImageNet weights; use --arch densenet121")
     for name, sets in dict(root=RECIPES[:3], partial=RECIPES[:3], uncertain=["chexpert"]).items():
         require(name not in given or data in sets, f"--{name} is only for {', '.join(sets)}")
-    if stage == "ablate":
-        # What stage 2 would refuse is refused before the first run.
-        settings_of("finetune", given | dict(start="scratch"))
-        args = argparse.Namespace(**dict(seeds=3) | vars(args) | given)
     return args
 
 
-def newest(stage, data):
-    """Path of the newest checkpoint of a stage in runs/*/, or of the one in runs/<data>/."""
-    folder = f"runs/{title_of(data) if data else '*'}"
-    path = max(Path().glob(f"{folder}/{stage}.pt"), key=os.path.getmtime, default=None)
-    require(path, f"no {folder}/{stage}.pt; first run python s2mts2.py {stage}, or use --from")
-    return str(path)
-
-
-def evaluate_again(data, args):
+def retest(data, args):
     """Test the networks of the checkpoint args.start again. Raises UserError for other data."""
     saved = load_checkpoint(args.start, "finetune")
     require(saved["settings"]["data"] == checksum_of(data), f"{args.start} is of other data")
@@ -1495,13 +1477,8 @@ def predict(args):
 
 
 def data_for(args):
-    """The Data of args. Of several processes the first decodes images, and the others wait."""
-    if RANK > 0:
-        distributed.barrier()
-    data = load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial)
-    if PROCESSES > 1 and RANK == 0:
-        distributed.barrier()
-    return data
+    """The Data of args."""
+    return load_data(args.data, args.root, args.size, args.cache, args.uncertain, args.partial)
 
 
 def main(argv=None):
@@ -1517,18 +1494,18 @@ def main(argv=None):
         if args.stage in ("predict", "ablate"):
             dict(predict=predict, ablate=ablate)[args.stage](args)
         else:
-            stages = dict(pretrain=pretrain, finetune=finetune, evaluate=evaluate_again)
+            stages = dict(pretrain=pretrain, finetune=finetune, evaluate=retest)
             stages[args.stage](data_for(args), args)
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command, without --fresh, resumes", file=sys.stderr)
         return 130
     except (UserError, OSError, RuntimeError) as error:
+        text = " ".join(str(error).split())
         # Of torch's own errors the user can fix too little memory and another network.
-        if isinstance(error, RuntimeError) and not any(
-                word in str(error) for word in ("memory", "state_dict")):
+        if isinstance(error, RuntimeError) and "memory" not in text and "state_dict" not in text:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", text, file=sys.stderr)
         return 2
     finally:
         if distributed.is_initialized():

@@ -533,6 +533,8 @@ def test_each_loss_of_stage_2_gets_the_right_images(weight, monkeypatch):
     labelled = {*choose_labelled(data, 5, 0).tolist()}
     # 13 unlabelled images are two steps, with and without the consistency loss.
     assert len(seen) == 2 and {k for numbers, _ in seen for k in numbers} == labelled
+    # No labelled image is twice in a step, although a batch of 7 would hold more than the five.
+    assert all(len(numbers) == len({*numbers}) == 5 for numbers, _ in seen)
     assert all((targets == data.targets[numbers]).all() for numbers, targets in seen)
     other = {k for one, two in unseen for k in one if one == two}
     assert other == ({*data.train.tolist()} - labelled if weight else set())
