@@ -46,7 +46,7 @@ Symbols of the paper, names in this file, shapes:
     p, p'         probabilities [N, C] of student and teacher
 N images in a batch, M keys of an image, D dimensions of an embedding, K negatives, C classes.
 
-A tag names the source of the sentence or paragraph that it is in: [paper], [authors' code]
+A tag stands before the sentence or paragraph that it names the source of: [paper], [authors' code]
 (github.com/FBLADL/semi-chest), [Mean Teacher] (arXiv 1703.01780), [JCL] (joint contrastive loss,
 arXiv 2009.14776), [MoCo] (arXiv 1911.05722), [ACPL] (github.com/FBLADL/ACPL, the authors' label
 lists), [our choice]. [plumbing] is code that is not part of the method.
@@ -99,7 +99,7 @@ def require(condition, message):
 #   cxr14, chexpert, isic2018   [authors' code] unless a row says otherwise. For DenseNet-121.
 #   digits                      [our choice] Chosen on held-out training images, but after an
 #                               earlier recipe was seen on the test images; see README, Results.
-#   small                       [our choice] Your own images, and --arch tiny on all but digits.
+#   small                       [our choice] All other data, and --arch tiny on all but digits.
 #                               From trials on held-out images of ISIC2018.
 RECIPES = ("cxr14", "chexpert", "isic2018", "digits", "small")
 
@@ -147,18 +147,18 @@ FINETUNE = dict(
     # [our choice] 224 for chexpert and isic2018.
     size=(512, 224, 224, 32, 64),
     epochs=(30, 30, 80, 14, 5),
-    # Unlabelled images in a step; as many labelled images, but none twice in a step.
+    # Unlabelled images in a step; as many labelled images, or all of them if they are fewer.
     batch=(16, 64, 16, 32, 64),
     # AdamW; without weight decay it is Adam. This eps is far above most gradients, so a step is
-    # nearly that of SGD with a learning rate of lr / eps = 0.5. With few labels these large steps
-    # can overwrite the features of stage 1. In the recipe small w is therefore large early.
+    # nearly that of SGD with a learning rate of lr / eps, 0.5 or 1. With few labels these large
+    # steps can overwrite the features of stage 1; in small, few epochs and an early w limit this.
     lr=(0.05, 0.05, 0.05, 0.1, 0.05),
     beta1=0.9, beta2=0.99, eps=0.1,
     weight_decay=(0.0, 0.01, 0.0, 0.0, 0.0),
     schedule=("steps", "cosine", "cosine", "cosine", "cosine"),
     teacher_momentum=(0.999, 0.999, 0.999, 0.97, 0.99),
     # Weight w of the consistency loss; fraction of the epochs in which w increases to it. w is 0 in
-    # the first epoch. With ramp = 1 it is (epochs - 1) / epochs of its value in the last.
+    # the first epoch, with ramp = 1 consistency * (epochs - 1) / epochs in the last.
     consistency=(1.0, 1.0, 1.0, 200.0, 20.0),
     ramp=(1.0, 1.0, 1.0, 1.0, 0.33),
     # Labels in use, see choose_labelled. [our choice] CheXpert: the authors' lists are unpublished.
@@ -217,8 +217,8 @@ def make_teacher(student):
     BatchNorm of the teacher. In stage 1 and 2 it normalises with the statistics of its batch. In
     stage 2 this batch has unlabelled images only; the student's batch has both kinds. In evaluation
     it uses running statistics: [our choice] the EMA of the student's, not changed by the teacher's
-    own passes. In training they would describe past students, not the present teacher. Measured on
-    digits: stage 1 then does not learn. Its loss stays at log(K + 1), chance level.
+    own passes. They describe past students, not the present teacher. A teacher that normalises with
+    them in stage 1 does not learn: measured on digits, the loss stays at log(K + 1), chance level.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
@@ -230,7 +230,7 @@ def make_teacher(student):
 
 @torch.no_grad()
 def ema_update(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, in place. [paper]
+    """[paper] teacher <- momentum * teacher + (1 - momentum) * student, in place.
 
     teacher, student  nn.Modules of the same architecture; the student does not change
     momentum          float in [0, 1], the EMA decay a
@@ -251,7 +251,7 @@ def ema_update(teacher, student, momentum):
 # ---- 3. Joint contrastive loss -------------------------------------------------------------------
 
 def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
-    """Contrast each query with infinitely many keys of its own image. [paper] The loss of [JCL].
+    """[paper] The loss of [JCL]: contrast a query with infinitely many keys of its own image.
 
     query              float [N, D], unit length
     keys               float [N, M, D], unit length, no gradient; the positives
@@ -291,11 +291,11 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # ---- 4. Stage 1: pretrain ------------------------------------------------------------------------
 
 # The student sees one view of an image. It must distinguish the teacher's keys of other views of
-# this image from K negatives, which are key means of other images. No label is needed.
+# this image from K negatives, key means of earlier images. No label is needed.
 #
-# Queue: a few negatives are easy to reject and teach little, so the key means of the last K images
-# are kept. Keys of a quickly changing teacher would differ by their age, and the student could
-# recognise old keys without looking at the image. Hence an EMA decay close to 1. [MoCo]
+# [MoCo] Queue: a few negatives are easy to reject and teach little, so the key means of the last K
+# images are kept. Keys of a quickly changing teacher would differ by their age, and the student
+# could recognise old keys without looking at the image. Hence an EMA decay close to 1.
 # Temperature t: a low value gives most weight to the most similar negatives, which separates images
 # that look alike. A high value treats all negatives alike.
 # BatchNorm leakage: an embedding depends on the other images of its batch. A query and its keys
@@ -321,7 +321,8 @@ def pretrain(data, args):
     student, teacher = synchronise(student), synchronise(teacher)
     # [authors' code] Random directions fill the queue at first. They are easy negatives: the loss
     # starts low and increases while keys replace them. [our choice] The queue is at most as long as
-    # the training set. A longer queue would hold old keys of the query's own image as negatives.
+    # the training set. The order changes in each epoch, so even then some queries meet an old key
+    # of their own image; in a longer queue nearly all would.
     length = min(args.queue, len(data.train))
     queue = F.normalize(torch.randn(length, args.dim), dim=1).to(device)   # [K, D]
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=args.momentum,
@@ -372,11 +373,12 @@ def enqueue(queue, means):
 
 # ---- 5. Stage 2: finetune ------------------------------------------------------------------------
 
-# Labels say what the classes are. Unlabelled images say where a prediction must not change: student
-# and teacher see two views of an image and should predict the same. The teacher provides the target
-# and is evaluated, because an average over many steps is more accurate than one. [Mean Teacher]
-# [our choice] An epoch shows each unlabelled image about once; the labelled images repeat. Without
-# unlabelled images the number of steps is the same, so that runs can be compared.
+# [Mean Teacher] Labels say what the classes are. Unlabelled images say where a prediction must not
+# change: student and teacher see two views of an image and should predict the same. The teacher
+# provides the target and is evaluated, because an average over many steps is more accurate.
+# [our choice] An epoch shows each unlabelled image about once; the labelled images repeat. With a
+# consistency weight of 0 the number of steps is the same, so that runs can be compared.
+
 
 
 def finetune(data, args):
@@ -396,7 +398,7 @@ def finetune(data, args):
                                   args.weight_decay, fused=device.type != "mps")
     steps = math.ceil(max(len(labelled), len(unlabelled)) / args.batch)
     use_unlabelled = args.consistency > 0 and len(unlabelled) > 0
-    # L labelled and N unlabelled images in a step. [our choice] No labelled image twice in a step.
+    # L labelled and N unlabelled images in a step. [our choice] L is at most the number of labels.
     batch = min(args.batch, len(labelled))
     print(f"{len(labelled):,} labelled and {len(unlabelled):,} unlabelled training images")
     run = Run(data, args, steps * (batch + args.batch * use_unlabelled), labelled,
@@ -442,7 +444,7 @@ def finetune(data, args):
 
 
 def supervised_loss(logits, targets, multilabel):
-    """Cross-entropy of logits [N, C] with targets [N, C] of 0, 1 or NaN (not known). [paper]
+    """[paper] Cross-entropy of logits [N, C] with targets [N, C] of 0, 1 or NaN (not known).
 
     Multi-label: binary cross-entropy, mean over the known targets. Multi-class: cross-entropy, mean
     over the images whose row is known. Returns a scalar; an unknown target has a gradient of 0.
@@ -457,7 +459,7 @@ def supervised_loss(logits, targets, multilabel):
 
 
 def consistency_loss(student_logits, teacher_logits, multilabel):
-    """Mean squared difference of probabilities, from logits [N, C]. [paper] Returns a scalar.
+    """[paper] Mean squared difference of probabilities, from logits [N, C]. Returns a scalar.
 
     Probabilities, not logits: confident and very confident should count as nearly the same.
     """
@@ -583,13 +585,16 @@ def ablate(args):
                     for stage in ("finetune", "pretrain"))
     out = Path(args.out or f"runs/{data1.name}/ablation")
     table = {row: {} for row in ABLATION}
+    init = settings_of("pretrain", args.given).init
+    first = "imagenet" if init == "imagenet" else "scratch"
     for seed in range(args.seeds):
         for name, changes in STARTS.items():
             changes = changes | dict(seed=seed, out=f"{out}/{name}-{seed}")
             pretrain(data1, settings_of("pretrain", args.given | changes))
         for row, changes in ABLATION.items():
             start, folder = row.split(" + ")[0], row.replace(" + ", "-").replace(" ", "-")
-            start = start if start == "scratch" else f"{out}/{start}-{seed}/pretrain.pt"
+            # Without stage 1: the weights from which stage 1 starts.
+            start = first if start == "scratch" else f"{out}/{start}-{seed}/pretrain.pt"
             changes = changes | dict(seed=seed, out=f"{out}/{folder}-{seed}", start=start)
             result = finetune(data2, settings_of("finetune", args.given | changes))
             for metric in sorted(result.keys() - {"auc", "student"}):
@@ -778,7 +783,7 @@ class Data:
     targets      float32 [n, C]: 0, 1 or NaN = not known. A row of NaN is an unlabelled image.
     classes      names of the columns of targets
     names        names of the images
-    train, test  int64 indices. Unlabelled images are in train.
+    train, test  int64 indices. Unlabelled images are not in test.
     multilabel   True: each class is a yes or no (sigmoid). False: one class an image (softmax), and
                  a row that is not wholly known counts as unlabelled.
     Raises UserError, which names the first wrong image, if the parts do not match.
@@ -803,7 +808,7 @@ class Data:
         require(self.targets.shape == (count, len(self.classes)), "targets must be [n, classes]")
         used = np.concatenate([self.train, self.test])
         require(len(self.train) and len(self.test) and 0 <= used.min() and used.max() < count,
-                "train and test must be indices of images, and not empty (see labels.csv)")
+                "train and test must be indices of images, not empty; see column split")
         last = {name: index for index, name in enumerate(self.names)}
         for right, rule in (
                 (np.arange(count) == [last[name] for name in self.names], "is there twice"),
@@ -849,6 +854,8 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
             # Two folders may have files of the same names.
             folder = Path(cache, *root.resolve().parts[1:]) if cache else root
             data.images = decode_all(data.names, paths, size, channels, folder)
+    except UserError:
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"cannot read {root} ({reason}); README.md has links and layouts")
@@ -965,6 +972,7 @@ def load_folder(root, uncertain):
     names, value = columns["image"], {"": np.nan, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
     # Another cell becomes 2: Data names its image. Data also finds an image that is there twice.
     targets = np.array([[value.get(cell, 2) for cell in columns[name]] for name in classes]).T
+    require((targets == 0).any(), f"{table}: no 0 in it; write the zeros, a blank is not a 0")
     full = ~np.isnan(targets).any(1)
     one_hot = len(classes) > 1 and full.any() and (targets[full].sum(1) == 1).all()
     groups = [group or name for group, name in zip(columns.get("group", names), names)]
@@ -1027,8 +1035,8 @@ def decode_all(names, paths, size, channels, cache):
     """Decode image files once, to a file in the folder cache. Returns uint8, memory-mapped.
 
     The file is raw bytes. Until it is complete it is called .part, and its length is the progress:
-    an interrupted call resumes. A complete file opens without the image files. Of several processes
-    the first decodes, and the others wait.
+    an interrupted call resumes. A complete file is not decoded again, and cxr14, chexpert and
+    isic2018 then open without the image files. Of several processes the first decodes.
     """
     key = zlib.crc32("\0".join(names).encode())
     whole, length = cache / f"{size}px-{channels}-{key:08x}.uint8", channels * size**2
@@ -1172,7 +1180,7 @@ class Run:
 
 
 def learning_rate(args, epoch):
-    """Learning rate of an epoch, 0 <= epoch < args.epochs. [authors' code]
+    """[authors' code] Learning rate of an epoch, 0 <= epoch < args.epochs.
 
     "cosine" decreases towards 0. "steps" divides by 10 at 1/2 and again at 5/6 of the epochs.
     """
@@ -1211,7 +1219,7 @@ def checksum_of(data):
 
 
 def save_views(data, args):
-    """views.png: a training image each row, its query view and its key views."""
+    """views.png: a row for each of 8 training images, one query view and M key views."""
     seed_torch(args.seed, "views")
     images = torch.from_numpy(data.images[data.train[:8]]).repeat_interleave(1 + args.keys, 0)
     views = random_views(images, args.augment, args.size)
@@ -1336,7 +1344,8 @@ def keep_memory():
 # Settings that are not in the tables. Smallest values of numbers, 0 unless named. Possible words.
 DEFAULTS = dict(data="digits", root=None, cache=None, partial=False, uncertain="zeros", out=None,
                 fresh=False, device="auto", amp=True, seed=0)
-LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3)
+LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3,
+              ramp=1e-3)
 WORDS = dict(arch=("densenet121", "tiny"), init=("imagenet", "random"),
              schedule=("cosine", "steps"), uncertain=("zeros", "ones", "ignore"))
 
@@ -1365,7 +1374,7 @@ def parse_args(argv=None):
       --uncertain  -1 of CheXpert: zeros, ones or ignore (zeros)
       --out        folder for results (runs/NAME); predict: CSV file (predicted.csv)
       --fresh      start over
-      --from       a checkpoint, scratch or imagenet (newest in runs/*/)
+      --from       not stage 1: a checkpoint, scratch or imagenet (newest in runs/*/)
       --device     auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)
       --amp        bfloat16 on GPUs; --no-amp: not (on)
       --seed       of all random numbers (0)
@@ -1399,6 +1408,7 @@ def parse_args(argv=None):
         highest = 1 if name == "teacher_momentum" else sys.float_info.max
         require(not isinstance(value, (int, float)) or LOWEST.get(name, 0) <= value <= highest,
                 f"--{name} {value} is out of range")
+    require("start" not in given or stage not in ("pretrain", "ablate"), f"{stage}: no --from")
     args = settings_of(stage, given)
     unread = sorted(given.keys() - {*vars(args), *args.augment}) + files * (stage != "predict")
     require(not unread, f"{stage} does not read {unread}")
@@ -1418,10 +1428,12 @@ def settings_of(stage, given):
         saved = load_checkpoint(start, wanted)["args"]
         out = "predicted.csv" if stage == "predict" else str(Path(start).parent)
         if stage != "finetune":
+            unread = given.keys() - {"start", "data", "root", "cache", "device", "out"}
+            require(not unread, f"{stage} does not read {sorted(unread)}")
             saved |= dict(device="auto", out=out) | given
             return argparse.Namespace(**saved | dict(stage=stage, start=start))
         # Another data set takes the network only. A size is taken over if it was given.
-        same = given.get("data", saved["data"]) == saved["data"]
+        same = Path(given.get("data", saved["data"])).resolve() == Path(saved["data"]).resolve()
         taken = ("data", "root", "cache", "partial", "uncertain", "size") if same else ()
         saved = {name: saved["given"][name] for name in taken if name in saved["given"]} | dict(
             arch=saved["arch"], out=out if same else None)

@@ -533,7 +533,7 @@ def test_each_loss_of_stage_2_gets_the_right_images(weight, monkeypatch):
     labelled = {*choose_labelled(data, 5, 0).tolist()}
     # 13 unlabelled images are two steps, with and without the consistency loss.
     assert len(seen) == 2 and {k for numbers, _ in seen for k in numbers} == labelled
-    # No labelled image is twice in a step, although a batch of 7 would hold more than the five.
+    # A batch of 7 holds the five labelled images once.
     assert all(len(numbers) == len({*numbers}) == 5 for numbers, _ in seen)
     assert all((targets == data.targets[numbers]).all() for numbers, targets in seen)
     other = {k for one, two in unseen for k in one if one == two}
@@ -722,7 +722,7 @@ def test_settings_come_from_the_recipe_the_checkpoint_and_the_command_line():
     args = parse("finetune --from size16/pretrain.pt --data digits")
     assert (args.root, args.partial, args.arch) == (None, False, "tiny")
 
-BAD = {"": "|train|evaluate|evaluate nowhere.pt|evaluate --epochs 3|predict|finetune",
+BAD = {"": "|train|evaluate|evaluate nowhere.pt|evaluate --epochs 3|predict|finetune|pretrain --from scratch",
        "pretrain ": "extra|--nonsense|--epoch 2|--data mnist|--epochs 0|--epochs x|--batch 1438|--lr nan|"
        "--lr inf|--teacher-momentum 1.1|--temperature 0|--dim 1000000000000|--size 31 --arch densenet121|"
        "--seed -1|--init imagenet|--device tpu|--device cuda:99|--labels 3|--out file|--data file|--root x|"
