@@ -207,6 +207,7 @@ BROKEN, OWN, LABELS = "images/00000002_001.png", "b/001.png", "labels.csv"
     (folder, edit(LABELS, "image", "file"), "image"), (folder, edit(LABELS, OWN, "b/999.png"), "b/999"),
     (folder, edit(LABELS, OWN, f"{OWN},1,0\n{OWN}"), OWN), (folder, edit(LABELS, f"{OWN},", f"{OWN},x"), OWN),
     (folder, edit(LABELS, f"{OWN},", OWN), LABELS), (folder, edit(LABELS, new="image,a\n"), LABELS),
+    (folder, edit(LABELS, new=f"image,a\n{OWN},1\na/002.png,1\n"), "zeros"),
     (folder, edit(LABELS, new=f"image,cat,group,split\na/000.jpg,1,g7,train\n{OWN},0,g7,test\n"), "g7"),
     (folder, edit(LABELS, new=f"image,cat,split\na/000.jpg,1,train\n{OWN},0,validation\n"), OWN),
     (npz, lambda: np.savez("root/set.npz", train_images=np.zeros((9, 16, 16), np.uint8)), "set.npz"),
@@ -701,6 +702,7 @@ def test_predict_repeats_predictions_and_names_broken_images(capsys):
     assert {*images} - {*good} == broken and all(name in printed for name in broken)
     assert np.allclose(scores, [row[name] for name in good], atol=1e-5)
     error_of("predict DIR/a/002.png --out none.csv", capsys)
+    assert "epochs" in error_of("predict DIR/b/001.png --epochs 3", capsys)
 
 def test_settings_come_from_the_recipe_the_checkpoint_and_the_command_line():
     args = parse("pretrain --data cxr14 --keys 5")
