@@ -380,7 +380,6 @@ def enqueue(queue, means):
 # consistency weight of 0 the number of steps is the same, so that runs can be compared.
 
 
-
 def finetune(data, args):
     """Fine-tune student and teacher with a few labels and all unlabelled images, then test both.
 
@@ -649,9 +648,11 @@ def random_views(images, augment, size):
     images = images / 255 if images.dtype == torch.uint8 else images.float().clone()
 
     def uniform(low, high):
+        """Random numbers [N] from low to high."""
         return torch.empty(count, device=device).uniform_(low, high)
 
     def sometimes(probability):
+        """1 with the probability, else 0: float32 [N]."""
         return (torch.rand(count, device=device) < probability).float()
 
     # [our choice] Resize first, so that all views of a batch have one shape. torchvision crops at
@@ -765,6 +766,7 @@ def gaussian_blur(images, sigma, largest):
 def erase(images, left, top, width, height):
     """Set a rectangle of each image [N, channels, height, width] to 0, in place; fractions [N]."""
     def inside(start, length, side):
+        """1 for the pixels of a row or column from start to start + length, else 0: [N, side]."""
         place = (torch.arange(side, device=images.device) + 0.5) / side
         return ((place >= start[:, None]) & (place < (start + length)[:, None])).float()
 
@@ -884,11 +886,11 @@ def load_digits():
 def load_npz(path):
     """A 2D set of MedMNIST (arXiv 2110.14795): {train,val,test}_{images,labels}; val is train."""
     # Not with allow_pickle: object arrays could run code.
-    file, parts = np.load(path), ("train", "val", "test")
-    images = np.concatenate([file[f"{part}_images"] for part in parts])
-    labels = np.concatenate([file[f"{part}_labels"] for part in parts])
+    with np.load(path) as file:
+        images = np.concatenate([file[f"{part}_images"] for part in ("train", "val", "test")])
+        labels = np.concatenate([file[f"{part}_labels"] for part in ("train", "val", "test")])
+        train, test = np.split(np.arange(len(labels)), [-len(file["test_labels"])])
     images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
-    train, test = np.split(np.arange(len(labels)), [-len(file["test_labels"])])
     names, multilabel = [f"image{row:06d}" for row in range(len(labels))], labels.shape[1] > 1
     targets = labels if multilabel else np.eye(labels.max() + 1)[labels[:, 0]]
     classes = range(targets.shape[1])
@@ -908,7 +910,7 @@ def load_cxr14(root, uncertain):
     """
     # The name of the newer table, ..._v2020.csv, is the larger one.
     table = max(root.glob("Data_Entry_2017*.csv"), default=root / "Data_Entry_2017_v2020.csv")
-    # Not the csv module: the header has commas that are not quoted.
+    # Only the first two columns count. Without the csv module 112,120 rows are read sooner.
     findings = dict(line.split(",", 2)[:2] for line in read_lines(table)[1:])
     train, test = read_lines(root / "train_val_list.txt"), read_lines(root / "test_list.txt")
     # A row for each finding; the last row is zero.
@@ -1132,8 +1134,8 @@ class Run:
                 load(saved["state"][name])
             self.history = saved["history"]
         self.epochs_done = done = len(self.history)
-        state = "finished" if done == args.epochs else f"{done} epochs done"
-        print(f"\n{self.path}, start {args.start}, {state}: {settings}".replace("'", ""))
+        status = "finished" if done == args.epochs else f"{done} epochs done"
+        print(f"\n{self.path}, start {args.start}, {status}: {settings}".replace("'", ""))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.bar = tqdm(total=args.epochs * self.images, initial=done * self.images, unit="image",
                         desc=args.stage, unit_scale=True, mininterval=0.5,
@@ -1351,7 +1353,10 @@ WORDS = dict(arch=("densenet121", "tiny"), init=("imagenet", "random"),
 
 
 class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are UserErrors."""
+
     def error(self, message):
+        """argparse calls it, with one line, if the command line is wrong."""
         raise UserError(f"{message}; see python s2mts2.py --help")
 
 
@@ -1408,7 +1413,7 @@ def parse_args(argv=None):
         highest = 1 if name == "teacher_momentum" else sys.float_info.max
         require(not isinstance(value, (int, float)) or LOWEST.get(name, 0) <= value <= highest,
                 f"--{name} {value} is out of range")
-    require("start" not in given or stage not in ("pretrain", "ablate"), f"{stage}: no --from")
+    require("start" not in given or stage not in ("pretrain", "ablate"), f"{stage} has no --from")
     args = settings_of(stage, given)
     unread = sorted(given.keys() - {*vars(args), *args.augment}) + files * (stage != "predict")
     require(not unread, f"{stage} does not read {unread}")
