@@ -69,7 +69,6 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -334,7 +333,7 @@ def pretrain(data, args):
               optimizer=optimizer, queue=queue)
     save_views(data, args)
     # [plumbing] With several processes: averages gradients.
-    embed = in_parallel(student)
+    embed = nn.parallel.DistributedDataParallel(student) if PROCESSES > 1 else student
 
     for epoch in range(run.epochs_done, args.epochs):
         # [plumbing] Sets the learning rate and seeds torch.
@@ -343,7 +342,8 @@ def pretrain(data, args):
         # lambda = 2, c reaches 1, the value of the bound, in the middle of training.
         covariance_weight = args.covariance_weight * (epoch + 1) / args.epochs
         for indices in batches(data.train, steps, args.batch, args, epoch):
-            images = take(data, indices, device)              # uint8 [N, channels, height, width]
+            # uint8 [N, channels, height, width]
+            images = torch.from_numpy(data.images[indices]).to(device)
             copies = images.repeat_interleave(args.keys, 0)   # uint8 [N * M, channels, ...]
             query_views = random_views(images, args.augment, args.size)  # [N, channels, size, size]
             key_views = random_views(copies, args.augment, args.size)    # [N * M, channels, ...]
@@ -414,11 +414,13 @@ def finetune(data, args):
                     batches(unlabelled, steps, args.batch, args, epoch))
         for step, (indices, others) in enumerate(pairs):
             targets = torch.from_numpy(data.targets[indices]).to(device)             # [L, C]
-            images = take(data, indices, device)                # uint8 [L, channels, height, width]
+            # uint8 [L, channels, height, width]
+            images = torch.from_numpy(data.images[indices]).to(device)
             views = random_views(images, args.augment, args.size)      # [L, channels, size, size]
             if use_unlabelled:
                 # [Mean Teacher] Each network has its own view. In the authors' code both see one.
-                images = take(data, others, device)             # uint8 [N, channels, height, width]
+                # uint8 [N, channels, height, width]
+                images = torch.from_numpy(data.images[others]).to(device)
                 teacher_views = random_views(images, args.augment, args.size)
                 student_views = random_views(images, args.augment, args.size)
                 views = torch.cat([views, student_views])                  # [L + N, channels, ...]
@@ -576,7 +578,6 @@ ABLATION = {"scratch + supervised": dict(consistency=0.0), "scratch + mean teach
 def ablate(args):
     """Run the five rows of ABLATION with seeds 0 to args.seeds - 1. Print a table.
 
-    args  from parse_args(["ablate", ...])
     A seed has the same labels in every row. Each run has a folder in args.out; a finished run is
     only evaluated again. Returns the dict in ablation.json: {row: {metric: [value of each seed]}}.
     """
@@ -585,8 +586,7 @@ def ablate(args):
                     for stage in ("finetune", "pretrain"))
     out = Path(args.out or f"runs/{data1.name}/ablation")
     table = {row: {} for row in ABLATION}
-    init = settings_of("pretrain", args.given).init
-    first = "imagenet" if init == "imagenet" else "scratch"
+    first = "imagenet" if args.init == "imagenet" else "scratch"
     for seed in range(args.seeds):
         for name, changes in STARTS.items():
             changes = changes | dict(seed=seed, out=f"{out}/{name}-{seed}")
@@ -610,8 +610,7 @@ def ablate(args):
 # ---- 8. Views ------------------------------------------------------------------------------------
 
 # A view shows an image with another position, exposure or sharpness. The networks learn to ignore
-# what differs between views. All functions work on a batch, on any device. Those that change images
-# take the random numbers as arguments [N], so that tests can compare them with torchvision.
+# what differs between views. The functions that change images take the random numbers as arguments.
 
 # The strengths of a view. All zero: no random change, for evaluation.
 PLAIN = dict(
@@ -653,7 +652,7 @@ def random_views(images, augment, size):
         return torch.empty(count, device=device).uniform_(low, high)
 
     def sometimes(probability):
-        """1 with the probability, else 0: float32 [N]."""
+        """1 with the probability, else 0, [N]."""
         return (torch.rand(count, device=device) < probability).float()
 
     # [our choice] Resize first, so that all views of a batch have one shape. torchvision crops at
@@ -672,8 +671,7 @@ def random_views(images, augment, size):
         chosen = sometimes(augment["jitter_p"])
         factors = [1 + chosen * augment["jitter"] * uniform(-1, 1) for _ in range(3)]
         images = jitter_colours(images, *factors, chosen * augment["hue"] * uniform(-1, 1))
-    # Blur is expensive, so only some images go through it: blur_p * count, rounded up or down at
-    # random. The random number is on the CPU, so the program need not wait for a GPU.
+    # Blur is expensive, so only some images go through it: blur_p * count, rounded at random.
     blurred = int(augment["blur_p"] * count + torch.rand(()))
     if blurred and augment["blur"]:
         chosen = torch.rand(count, device=device).argsort()[:blurred]
@@ -703,15 +701,13 @@ def rectangle(uniform, smallest, largest, ratio):
 def crop_rotate_flip(images, left, top, width, height, angle, flip, vertical_flip):
     """Crop, resize to the old size, rotate, flip: one affine map and one bilinear resampling.
 
-    images                    float32 [N, channels, side, side]
+    images                    float32 [N, channels, side, side]; the same shape is returned
     left, top, width, height  float32 [N], the crop as fractions of the side
     angle                     float32 [N], degrees counter-clockwise
     flip, vertical_flip       float32 [N], 1 to flip, 0 not to
-    Returns float32 [N, channels, side, side]; black outside of the image.
     """
     # From a pixel of the view back to the image: flip, rotate, shrink to the crop, move to it. Both
-    # coordinates run from -1 to 1. x and y in the image are linear in column and row of the view.
-    # F.affine_grid gives the same grid, but it is much slower on a CPU.
+    # coordinates run from -1 to 1. F.affine_grid gives the same grid, but is slower on a CPU.
     cos, sin = torch.deg2rad(angle).cos(), torch.deg2rad(angle).sin()
     flip, vertical_flip = 1 - 2 * flip, 1 - 2 * vertical_flip
     place = (2 * torch.arange(images.shape[-1], device=images.device) + 1) / images.shape[-1] - 1
@@ -726,8 +722,7 @@ def crop_rotate_flip(images, left, top, width, height, angle, flip, vertical_fli
 def jitter_colours(images, brightness, contrast, saturation, hue):
     """Change brightness, contrast, saturation (factors [N]) and hue (fraction of a circle [N]).
 
-    images  float32 [N, channels, height, width] in [0, 1]; grey images have no saturation and hue
-    Returns the same shape, in [0, 1].
+    images  float32 [N, channels, height, width] in [0, 1]; the same shape is returned
     """
     grey = images
     if images.shape[1] == 3:
@@ -789,7 +784,7 @@ class Data:
     train, test  int64 indices. Unlabelled images are not in test.
     multilabel   True: each class is a yes or no (sigmoid). False: one class an image (softmax), and
                  a row that is not wholly known counts as unlabelled.
-    Raises UserError, which names the first wrong image, if the parts do not match.
+    Raises UserError, which names the first wrong image.
     """
 
     name: str
@@ -805,11 +800,10 @@ class Data:
         self.targets = np.asarray(self.targets, np.float32)
         self.train, self.test = np.asarray(self.train, np.int64), np.asarray(self.test, np.int64)
         self.classes, self.names = list(map(str, self.classes)), list(map(str, self.names))
-        count, shape = len(self.names), self.images.shape
-        require(self.images.dtype == np.uint8 and shape[:-2] in ((count, 1), (count, 3)),
-                "images must be uint8 [n, 1 or 3, height, width], with n names")
-        require(self.targets.shape == (count, len(self.classes)), "targets must be [n, classes]")
-        used = np.concatenate([self.train, self.test])
+        count, used = len(self.names), np.concatenate([self.train, self.test])
+        require(self.images.dtype == np.uint8 and self.images.shape[:-2] in ((count, 1), (count, 3))
+                and self.targets.shape == (count, len(self.classes)),
+                "not uint8 images [n, 1 or 3, height, width], targets [n, classes] and n names")
         require(len(self.train) and len(self.test) and 0 <= used.min() and used.max() < count,
                 "train and test must be indices of images, not empty; see column split")
         last = {name: index for index, name in enumerate(self.names)}
@@ -829,7 +823,7 @@ class Data:
 
 
 def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=False):
-    """Load a data set. Returns Data, and prints a line that describes it.
+    """Load a data set and print a line that describes it. Returns Data.
 
     name       digits, cxr14, chexpert, isic2018, a folder with labels.csv, or a MedMNIST .npz file
     root       folder of cxr14, chexpert or isic2018; data/<name> unless given
@@ -837,7 +831,7 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
     cache      folder for the resized images; the folder of the data unless given
     uncertain  CheXpert's -1: "zeros", "ones", or "ignore" (not known)
     partial    bool: use only the image files that are there
-    Raises UserError if files are missing or wrong.
+    Raises UserError if a file is missing or wrong.
     """
     loaders = dict(cxr14=load_cxr14, chexpert=load_chexpert, isic2018=load_isic2018)
     root = Path(root or f"data/{name}") if name in loaders else Path(name)
@@ -851,7 +845,7 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
             kept = [not partial or os.path.exists(path) for path in columns[1]]
             names, paths, split, targets = (np.array(column)[kept] for column in columns)
             train, test = np.flatnonzero(split == "train"), np.flatnonzero(split == "test")
-            # Images that need no memory, until all other parts are known to be valid.
+            # Images that need no memory: first all other parts are checked.
             images = np.broadcast_to(np.uint8(0), (len(names), channels, size, size))
             data = Data(title_of(name), images, targets, classes, names, train, test, multilabel)
             # Two folders may have files of the same names.
@@ -860,8 +854,7 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"cannot read {root} ({reason}); README.md has links and layouts")
+        raise UserError(f"cannot read {root} ({type(error).__name__}: {error}); see README.md")
     kind, known = "multi-label" if data.multilabel else "one class an image", data.known
     counts = ", ".join(map("{} {:,.0f}".format, data.classes, np.nansum(data.targets, 0)))
     print(f"{data.name}: {len(known):,} images, {known.sum():,} labelled, {(~known).sum():,} "
@@ -911,10 +904,9 @@ def load_cxr14(root, uncertain):
     """
     # The name of the newer table, ..._v2020.csv, is the larger one.
     table = max(root.glob("Data_Entry_2017*.csv"), default=root / "Data_Entry_2017_v2020.csv")
-    # Only the first two columns count. Without the csv module 112,120 rows are read sooner.
+    # The first two columns. Later ones have commas in the header, without quotes.
     findings = dict(line.split(",", 2)[:2] for line in read_lines(table)[1:])
     train, test = read_lines(root / "train_val_list.txt"), read_lines(root / "test_list.txt")
-    # A row for each finding; the last row is zero.
     rows = dict(zip([*CXR14_CLASSES, "No Finding"], np.eye(15, 14)))
     targets = [sum(rows[label] for label in findings[name].split("|")) for name in train + test]
     folders = filter(os.path.isdir, [root / "images", root / "data", *root.glob("images_*/images")])
@@ -976,20 +968,18 @@ def load_folder(root, uncertain):
     # Another cell becomes 2: Data names its image. Data also finds an image that is there twice.
     targets = np.array([[value.get(cell, 2) for cell in columns[name]] for name in classes]).T
     require((targets == 0).any(), f"{table}: no 0 in it; write the zeros, a blank is not a 0")
-    full = ~np.isnan(targets).any(1)
+    known = ~np.isnan(targets)
+    full = known.all(1)
     one_hot = len(classes) > 1 and full.any() and (targets[full].sum(1) == 1).all()
     groups = [group or name for group, name in zip(columns.get("group", names), names)]
-    if "split" in columns:
-        split = [part or "train" for part in columns["split"]]
-        side = dict(zip(groups, split))
-        for name, group, part in zip(names, groups, split):
-            require(part in ("train", "test") and part == side[group],
-                    f"{table}: split is train or test, one for a group; see {name}, group {group}")
-    else:
-        labelled = full if one_hot else ~np.isnan(targets).all(1)
-        tested = {group for group, known in zip(groups, labelled) if known and in_fifth(group)}
-        # An unlabelled image of a test group is in neither part.
-        split = np.select([~np.isin(groups, list(tested)), labelled], ["train", "test"], "")
+    parts = columns.get("split", ["test" if in_fifth(group) else "" for group in groups])
+    labelled = full if one_hot else known.any(1)
+    tested = {group for group, part, has in zip(groups, parts, labelled) if has and part == "test"}
+    # An unlabelled image of a test group is in neither part.
+    split = np.select([~np.isin(groups, list(tested)), labelled], ["train", "test"], "")
+    for name, group, part, side in zip(names, groups, parts, split):
+        require("split" not in columns or part in ("", side), f"{table}: split is train or test, "
+                f"one for a group, test needs labels; see {name}, group {group}")
     paths = [f"{root}/{name}" for name in names]
     grey = all(Image.open(path).mode in ("1", "L", "LA") for path in paths)
     return (names, paths, split, targets), classes, 1 if grey else 3, not one_hot
@@ -1009,7 +999,7 @@ def in_fifth(group):
 
 
 def read_lines(path):
-    """The lines of a text file that are not empty."""
+    """The lines of a text file, without empty lines."""
     lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     return [line.strip() for line in lines if line.strip()]
 
@@ -1037,9 +1027,8 @@ def decode(path, size, channels):
 def decode_all(names, paths, size, channels, cache):
     """Decode image files once, to a file in the folder cache. Returns uint8, memory-mapped.
 
-    The file is raw bytes. Until it is complete it is called .part, and its length is the progress:
-    an interrupted call resumes. A complete file is not decoded again, and cxr14, chexpert and
-    isic2018 then open without the image files. Of several processes the first decodes.
+    The file is raw bytes. Until it is complete it is called .part, and its length is the progress.
+    When it is complete, cxr14, chexpert and isic2018 open without the image files.
     """
     key = zlib.crc32("\0".join(names).encode())
     whole, length = cache / f"{size}px-{channels}-{key:08x}.uint8", channels * size**2
@@ -1056,8 +1045,9 @@ def decode_all(names, paths, size, channels, cache):
                 block = paths[start:start + 64]
                 stream.writelines(pool.map(lambda path: decode(path, size, channels), block))
         os.replace(part, whole)
-    if PROCESSES > 1:
-        distributed.barrier()
+    # Of several processes the first decodes, and the others wait.
+    while not whole.exists():
+        time.sleep(1)
     require(whole.stat().st_size == len(paths) * length, f"{whole} is damaged; delete it")
     return np.memmap(whole, np.uint8, "r", shape=(len(paths), channels, size, size))
 
@@ -1294,11 +1284,6 @@ def synchronise(network):
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if common else network
 
 
-def in_parallel(student):
-    """The student with gradients averaged over all processes."""
-    return nn.parallel.DistributedDataParallel(student) if PROCESSES > 1 else student
-
-
 def all_gather(tensor):
     """The tensors [N, ...] of all processes, one after another."""
     if PROCESSES == 1:
@@ -1320,11 +1305,6 @@ def choose_device(name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-def take(data, indices, device):
-    """Images uint8 [n, channels, height, width] on device."""
-    return torch.from_numpy(data.images[indices]).to(device)
 
 
 def mixed_precision(device, amp):
@@ -1351,14 +1331,6 @@ LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, tempe
               ramp=1e-3)
 WORDS = dict(arch=("densenet121", "tiny"), init=("imagenet", "random"),
              schedule=("cosine", "steps"), uncertain=("zeros", "ones", "ignore"))
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors."""
-
-    def error(self, message):
-        """argparse calls it, with one line, if the command line is wrong."""
-        raise UserError(f"{message}; see python s2mts2.py --help")
 
 
 def label_choice(text):
@@ -1391,9 +1363,11 @@ def parse_args(argv=None):
     """
     # --help prints the text above.
     text = parse_args.__doc__.partition("UserError.")[2]
-    parser = Parser("s2mts2.py", "python %(prog)s COMMAND [options] [FILES]", text,
-                    formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(
+        "s2mts2.py", "python %(prog)s COMMAND [options] [FILES]", text, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
+    # Its errors, one line each, are UserErrors too.
+    parser.error = lambda message: require(False, f"{message}; see python s2mts2.py --help")
     parser.add_argument("stage", choices=["pretrain", "finetune", "evaluate", "predict", "ablate"])
     parser.add_argument("files", nargs="*")
     parser.add_argument("--from", dest="start", help=argparse.SUPPRESS)
@@ -1507,7 +1481,7 @@ def main(argv=None):
         keep_memory()
         if PROCESSES > 1:
             backend = "nccl" if choose_device(args.device).type == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=timedelta(days=2))
+            distributed.init_process_group(backend)
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         if args.stage in ("predict", "ablate"):
             dict(predict=predict, ablate=ablate)[args.stage](args)
