@@ -148,6 +148,8 @@ FINETUNE = dict(
     epochs=(30, 30, 80, 14, 5),
     # Unlabelled images in a step; as many labelled images, or all of them if they are fewer.
     batch=(16, 64, 16, 32, 64),
+    # Steps of an epoch, at least: with a few hundred images stage 2 would be too short.
+    min_steps=(0, 0, 0, 0, 75),
     # AdamW; without weight decay it is Adam. This eps is far above most gradients, so a step is
     # nearly that of SGD with a learning rate of lr / eps, 0.5 or 1. With few labels these large
     # steps can overwrite the features of stage 1; in small, few epochs and an early w limit this.
@@ -377,8 +379,9 @@ def enqueue(queue, means):
 # [Mean Teacher] Labels say what the classes are. Unlabelled images say where a prediction must not
 # change: student and teacher see two views of an image and should predict the same. The teacher
 # provides the target and is evaluated, because an average over many steps is more accurate.
-# [our choice] An epoch shows each unlabelled image about once; the labelled images repeat. With a
-# consistency weight of 0 the number of steps is the same, so that runs can be compared.
+# [our choice] An epoch shows each unlabelled image about once, or more often if there are few. The
+# labelled images repeat. With a consistency weight of 0 the number of steps is the same, so that
+# runs can be compared.
 
 
 def finetune(data, args):
@@ -396,7 +399,7 @@ def finetune(data, args):
     student, teacher = load_networks(args, data.images.shape[1], len(data.classes))
     optimizer = torch.optim.AdamW(student.parameters(), args.lr, (args.beta1, args.beta2), args.eps,
                                   args.weight_decay, fused=device.type != "mps")
-    steps = math.ceil(max(len(labelled), len(unlabelled)) / args.batch)
+    steps = max(args.min_steps, math.ceil(max(len(labelled), len(unlabelled)) / args.batch))
     use_unlabelled = args.consistency > 0 and len(unlabelled) > 0
     # L labelled and N unlabelled images in a step. [our choice] L is at most the number of labels.
     batch = min(args.batch, len(labelled))
@@ -705,6 +708,7 @@ def crop_rotate_flip(images, left, top, width, height, angle, flip, vertical_fli
     left, top, width, height  float32 [N], the crop as fractions of the side
     angle                     float32 [N], degrees counter-clockwise
     flip, vertical_flip       float32 [N], 1 to flip, 0 not to
+    Outside of the image a view is black.
     """
     # From a pixel of the view back to the image: flip, rotate, shrink to the crop, move to it. Both
     # coordinates run from -1 to 1. F.affine_grid gives the same grid, but is slower on a CPU.
@@ -723,6 +727,7 @@ def jitter_colours(images, brightness, contrast, saturation, hue):
     """Change brightness, contrast, saturation (factors [N]) and hue (fraction of a circle [N]).
 
     images  float32 [N, channels, height, width] in [0, 1]; the same shape is returned
+    Grey images have no saturation and hue.
     """
     grey = images
     if images.shape[1] == 3:
@@ -904,9 +909,10 @@ def load_cxr14(root, uncertain):
     """
     # The name of the newer table, ..._v2020.csv, is the larger one.
     table = max(root.glob("Data_Entry_2017*.csv"), default=root / "Data_Entry_2017_v2020.csv")
-    # The first two columns. Later ones have commas in the header, without quotes.
+    # Only the first two columns count. Without the csv module 112,120 rows are read sooner.
     findings = dict(line.split(",", 2)[:2] for line in read_lines(table)[1:])
     train, test = read_lines(root / "train_val_list.txt"), read_lines(root / "test_list.txt")
+    # A row for each finding; the last row is zero.
     rows = dict(zip([*CXR14_CLASSES, "No Finding"], np.eye(15, 14)))
     targets = [sum(rows[label] for label in findings[name].split("|")) for name in train + test]
     folders = filter(os.path.isdir, [root / "images", root / "data", *root.glob("images_*/images")])

@@ -76,8 +76,7 @@ def cxr14(root):  # 30 images of 10 patients; image 3 is RGBA, image 4 RGB
         write_image(root / "images" / name, k, {3: "RGBA", 4: "RGB"}.get(k, "L"))
     for name, part in (ENTRIES, rows), ("train_val_list.txt", names[:20]), ("test_list.txt", names[20:]):
         (root / name).write_text("\n".join(part) + "\n")
-def chexpert(root, prefix="CheXpert-v1.0-small"):
-    """40 patients with two views; entry j of patient p is number (p + j) % 4 of the four values."""
+def chexpert(root, prefix="CheXpert-v1.0-small"):  # Entry j of patient p is number (p + j) % 4 of four
     rows = ["Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(f"finding {k}" for k in range(14))]
     for k in range(80):
         name = f"{prefix}/train/patient{k // 2:05d}/study1/view{k % 2 + 1}_frontal.jpg"
@@ -94,8 +93,7 @@ def isic2018(root):  # 12 images of each class, two of each lesion
         lesions.append(f"ISIC_{k:07d},HAM_{k % 7}{k // 14},histopathology")
     (root / f"{ISIC}GroundTruth/{ISIC}GroundTruth.csv").write_text("\n".join(rows))
     (root / f"{ISIC}LesionGroupings.csv").write_text("\n".join(lesions))
-def npz(root=Path(), grey=True, multilabel=False, counts=(60, 4, 16), **changes):
-    """A file of MedMNIST's form, set.npz."""
+def npz(root=Path(), grey=True, multilabel=False, counts=(60, 4, 16), **changes):  # As of MedMNIST
     random, arrays = np.random.default_rng(0), {}
     for part, count in zip(("train", "val", "test"), counts):
         number = np.arange(count, dtype=np.uint8)[:, None]
@@ -538,6 +536,8 @@ def test_each_loss_of_stage_2_gets_the_right_images(weight, monkeypatch):
     assert all((targets == data.targets[numbers]).all() for numbers, targets in seen)
     other = {k for one, two in unseen for k in one if one == two}
     assert other == ({*data.train.tolist()} - labelled if weight else set())
+    args.fresh, args.min_steps = True, 5
+    assert s2mts2.finetune(data, args) and len(seen) == 2 + 5
 
 def test_targets_of_unlabelled_images_are_never_read():
     data = made_by_hand()
@@ -605,7 +605,7 @@ def test_a_run_killed_at_several_moments_ends_the_same(stage, lives):
     # An event is a training step, or the moment before or after a file is replaced.
     npz()
     command = f"{stage} --data set.npz --epochs 4 --batch 16 --size 16 --device cpu"
-    command += " --from scratch --arch tiny --labels 10" * (stage == "finetune")
+    command += " --from scratch --arch tiny --labels 10 --min-steps 0" * (stage == "finetune")
     run(f"{command} --out whole")
     for life in lives:
         assert python("-c", KILLED, str(life), *command.split()).returncode == -9
@@ -655,7 +655,7 @@ def test_two_processes_compute_what_one_does():
     Path("process.py").write_text(PROCESS)
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
     for start, network, out in ("", "plain", "one"), (torchrun, "plain", "two"), (torchrun, "tiny", "both"):
-        command = f"pretrain --data set.npz --size 16 --batch 8 --device cpu --epochs 2 --out {out}"
+        command = f"pretrain --data set.npz {SMALL} --size 16 --batch 8 --epochs 2 --out {out}"
         done = python(*f"{start} process.py {network} {command}".split())
         assert done.returncode == 0 and done.stdout.count("epoch 2/2") == 1, done.stderr
     one, two = ([[line["loss"] for line in lines(f"{out}/log.jsonl")], state(f"{out}/pretrain.pt")]
