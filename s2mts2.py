@@ -1489,11 +1489,10 @@ def main(argv=None):
             backend = "nccl" if choose_device(args.device).type == "cuda" else "gloo"
             distributed.init_process_group(backend)
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-        if args.stage in ("predict", "ablate"):
-            dict(predict=predict, ablate=ablate)[args.stage](args)
-        else:
-            stages = dict(pretrain=pretrain, finetune=finetune, evaluate=retest)
-            stages[args.stage](data_for(args), args)
+        commands = dict(pretrain=pretrain, finetune=finetune, evaluate=retest, predict=predict,
+                        ablate=ablate)
+        data = [] if args.stage in ("predict", "ablate") else [data_for(args)]
+        commands[args.stage](*data, args)
         return 0
     except KeyboardInterrupt:
         print("\nstopped; the same command, without --fresh, resumes", file=sys.stderr)
