@@ -46,7 +46,7 @@ Symbols of the paper, names in this file, shapes:
     p, p'         probabilities [N, C] of student and teacher
 N images in a batch, M keys of an image, D dimensions of an embedding, K negatives, C classes.
 
-A tag stands before the sentence or paragraph that it names the source of: [paper], [authors' code]
+A tag names the source of the sentence or paragraph that follows it: [paper], [authors' code]
 (github.com/FBLADL/semi-chest), [Mean Teacher] (arXiv 1703.01780), [JCL] (joint contrastive loss,
 arXiv 2009.14776), [MoCo] (arXiv 1911.05722), [ACPL] (github.com/FBLADL/ACPL, the authors' label
 lists), [our choice]. [plumbing] is code that is not part of the method.
@@ -164,7 +164,8 @@ FINETUNE = dict(
     # the first epoch, with ramp = 1 consistency * (epochs - 1) / epochs in the last.
     consistency=(1.0, 1.0, 1.0, 200.0, 20.0),
     ramp=(1.0, 1.0, 1.0, 1.0, 0.33),
-    # Labels in use, see choose_labelled. [our choice] CheXpert: the authors' lists are unpublished.
+    # Labels in use, see choose_labelled; also with --arch tiny. [our choice] CheXpert: the authors'
+    # lists are unpublished.
     labels=(0.02, 0.02, 0.2, 10, "all"),
     # [our choice] The rotation of cxr14, the vertical flip of isic2018. In small colours change as
     # little as in stage 1: with stronger changes stage 2 lost much of what stage 1 had added.
@@ -441,10 +442,10 @@ def finetune(data, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # [Mean Teacher] Warm-up: a plain mean of the first teacher and the n students, until
-            # n + 1 = 1 / (1 - a). It forgets the untrained classifier sooner than an EMA.
-            n = epoch * steps + step + 1
-            ema_update(teacher, student, min(1 - 1 / (n + 1), args.teacher_momentum))
+            # [Mean Teacher] Warm-up: at first the teacher is the plain mean of its first weights
+            # and all students since. So it forgets the untrained classifier sooner.
+            updates = epoch * steps + step + 1
+            ema_update(teacher, student, min(1 - 1 / (updates + 1), args.teacher_momentum))
             run.step(loss, len(views))
         run.finish_epoch()
     return report(student, teacher, data, args)
@@ -554,7 +555,7 @@ def report(student, teacher, data, args):
     best_first = sorted(data.classes, key=lambda name: -(result["auc"][name] or 0))
     print(f"{f'AUC on {len(targets):,} test images':28} teacher  student")
     for name in [*best_first, *(name for name in result if name != "auc")]:
-        values = [(each["auc"] | each)[name] for each in (result, students)]
+        values = [(each | each["auc"])[name] for each in (result, students)]
         print(f"{name:27}", *("     n/a" if value is None else f"{value:8.4f}" for value in values))
     result["student"] = students
     write_file(out / "metrics.json", json.dumps(result, indent=1) + "\n")
@@ -813,6 +814,7 @@ class Data:
                 "not uint8 images [n, 1 or 3, height, width], targets [n, classes] and n names")
         require(len(self.train) and len(self.test) and 0 <= used.min() and used.max() < count,
                 "train and test must be indices of images, not empty; see column split")
+        require(len({*self.classes} - {""}) == len(self.classes), "two classes have the same name")
         last = {name: index for index, name in enumerate(self.names)}
         for right, rule in (
                 (np.arange(count) == [last[name] for name in self.names], "is there twice"),
@@ -857,7 +859,7 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
             data = Data(title_of(name), images, targets, classes, names, train, test, multilabel)
             # Two folders may have files of the same names.
             folder = Path(cache, *root.resolve().parts[1:]) if cache else root
-            data.images = decode_all(data.names, paths, size, channels, folder)
+            data.images = decode_all(data.names, paths.tolist(), size, channels, folder)
     except UserError:
         raise
     except Exception as error:
@@ -994,9 +996,12 @@ def load_folder(root, uncertain):
 
 
 def image_files(root):
-    """Names of the PNG and JPEG files in a folder, at any depth, sorted; not our own views.png."""
-    names = sorted(path.relative_to(root).as_posix() for path in Path(root).rglob("[!.]*")
-                   if path.suffix.lower() in (".png", ".jpg", ".jpeg") and path.name != "views.png")
+    """Names of the PNG and JPEG files in a folder, at any depth, sorted; none that is hidden, and
+    not our own views.png."""
+    files = (path.relative_to(root) for path in Path(root).rglob("*.*"))
+    names = sorted(file.as_posix() for file in files
+                   if file.suffix.lower() in (".png", ".jpg", ".jpeg")
+                   and "/." not in f"/{file.as_posix()}" and file.name != "views.png")
     require(names, f"{root} is not a folder with PNG or JPEG files")
     return names
 
@@ -1036,14 +1041,14 @@ def decode_all(names, paths, size, channels, cache):
     """Decode image files once, to a file in the folder cache. Returns uint8, memory-mapped.
 
     The file is raw bytes. Until it is complete it is called .part, and its length is the progress.
-    When it is complete, cxr14, chexpert and isic2018 open without the image files.
+    When it is complete, cxr14, chexpert and isic2018 open without the image files, unless partial.
     """
     key = zlib.crc32("\0".join(names).encode())
     whole, length = cache / f"{size}px-{channels}-{key:08x}.uint8", channels * size**2
     if RANK == 0 and not whole.exists():
         gone = [str(path) for path in paths if not os.path.exists(path)]
         require(not gone, f"{len(gone):,} of {len(paths):,} image files are missing, such as "
-                          f"{gone[:1]}; --partial does without them")
+                          f"{gone[:1]}; add them, or for {', '.join(RECIPES[:3])} use --partial")
         cache.mkdir(parents=True, exist_ok=True)
         part = whole.with_suffix(".part")
         with open(part, "ab") as stream, ThreadPoolExecutor() as pool:
@@ -1107,7 +1112,7 @@ class Run:
     """
 
     def __init__(self, data, args, images_per_epoch, labelled=(), **state):
-        require(images_per_epoch, f"--batch {args.batch} is more than {len(data.train)} images")
+        require(images_per_epoch, f"{len(data.train)} training images: use a smaller --batch")
         self.args, self.state, self.images, self.history = args, state, images_per_epoch, []
         self.path = output_folder(data, args) / f"{args.stage}.pt"
         # Plain values, whatever a notebook gave.
@@ -1259,13 +1264,15 @@ def load_networks(args, channels, classes):
     """Student and teacher for stage 2, with the weights of args.start, on args.device.
 
     args.start  path of a checkpoint, "scratch" or "imagenet"
-    From a checkpoint of stage 1 both networks have one new, identical classifier. Raises
-    RuntimeError unless the checkpoint has exactly the weights that the networks need.
+    From a checkpoint of stage 1 both networks have one new, identical classifier. Raises UserError
+    if the checkpoint has another architecture or another number of channels.
     """
     student = build_network(args.arch, channels, classes, imagenet=args.start == "imagenet")
     teacher, new = make_teacher(student), student.classifier.state_dict(prefix="classifier.")
     if args.start not in ("scratch", "imagenet"):
         saved = load_checkpoint(args.start, "pretrain", "finetune")
+        there, here = (saved["args"]["arch"], saved["channels"]), (args.arch, channels)
+        require(there == here, f"{args.start} has network and channels {there}, not {here}")
         if len(saved["history"]) < saved["args"]["epochs"]:
             print(f"warning: {args.start} is not finished")
         for network, name in ((student, "student"), (teacher, "teacher")):
@@ -1332,16 +1339,19 @@ def keep_memory():
 
 # ---- 12. Command line [plumbing] -----------------------------------------------------------------
 
-# Settings that are not in the tables. Smallest values of numbers, 0 unless named. Possible words.
+# Settings that are not in the tables. Smallest values of numbers, 0 unless named; largest values.
+# Possible words.
 DEFAULTS = dict(data="digits", root=None, cache=None, partial=False, uncertain="zeros", out=None,
                 fresh=False, device="auto", amp=True, seed=0)
 LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3,
               ramp=1e-3)
+HIGHEST = dict(teacher_momentum=1, beta1=0.9999, beta2=0.9999, crop=0.99, centre=0.99,
+               seed=2**32 - 1)
 WORDS = dict(arch=("densenet121", "tiny"), init=("imagenet", "random"),
              schedule=("cosine", "steps"), uncertain=("zeros", "ones", "ignore"))
 
 
-def label_choice(text):
+def file_or_number(text):
     """A type for argparse: "all", a file, a fraction below 1, or a number of images."""
     return text if text == "all" or os.path.isfile(text) else float(text)
 
@@ -1358,9 +1368,11 @@ def parse_args(argv=None):
       --cache      folder for decoded images (the folder of the data)
       --partial    use only the image files that are there
       --uncertain  -1 of CheXpert: zeros, ones or ignore (zeros)
-      --out        folder for results (runs/NAME); predict: CSV file (predicted.csv)
+      --out        folder for results (of the checkpoint; if there is none runs/NAME, for ablate
+                   runs/NAME/ablation); predict: CSV file (predicted.csv)
       --fresh      start over
-      --from       not stage 1: a checkpoint, scratch or imagenet (newest in runs/*/)
+      --from       finetune: a pretrain.pt, scratch or imagenet; predict, evaluate: a finetune.pt
+                   (the newest in runs/*/, with --data NAME in runs/NAME/)
       --device     auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)
       --amp        bfloat16 on GPUs; --no-amp: not (on)
       --seed       of all random numbers (0)
@@ -1376,14 +1388,15 @@ def parse_args(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     # Its errors, one line each, are UserErrors too.
     parser.error = lambda message: require(False, f"{message}; see python s2mts2.py --help")
-    parser.add_argument("stage", choices=["pretrain", "finetune", "evaluate", "predict", "ablate"])
-    parser.add_argument("files", nargs="*")
+    parser.add_argument("stage", metavar="COMMAND",
+                        choices=["pretrain", "finetune", "evaluate", "predict", "ablate"])
+    parser.add_argument("files", metavar="FILES", nargs="*")
     parser.add_argument("--from", dest="start", help=argparse.SUPPRESS)
     for name, row in (DEFAULTS | dict(seeds=3) | PRETRAIN | FINETUNE).items():
         option, value = "--" + name.replace("_", "-"), row[0] if isinstance(row, tuple) else row
         shown = "; ".join(str(table[name]) for table in (PRETRAIN, FINETUNE) if name in table)
         shown = shown or argparse.SUPPRESS
-        kind = dict(labels=label_choice, root=str, cache=str, out=str).get(name, type(value))
+        kind = dict(labels=file_or_number, root=str, cache=str, out=str).get(name, type(value))
         if kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=shown)
         else:
@@ -1393,10 +1406,11 @@ def parse_args(argv=None):
     if stage == "evaluate" and files:
         given["start"] = files.pop()
     for name, value in given.items():
-        highest = 1 if name == "teacher_momentum" else sys.float_info.max
-        require(not isinstance(value, (int, float)) or LOWEST.get(name, 0) <= value <= highest,
-                f"--{name} {value} is out of range")
+        lowest, highest = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
+        require(not isinstance(value, (int, float)) or lowest <= value <= highest,
+                f"--{name.replace('_', '-')} {value} is out of range")
     require("start" not in given or stage not in ("pretrain", "ablate"), f"{stage} has no --from")
+    require("seed" not in given or stage != "ablate", "ablate has no --seed; use --seeds")
     args = settings_of(stage, given)
     unread = sorted(given.keys() - {*vars(args), *args.augment}) + files * (stage != "predict")
     require(not unread, f"{stage} does not read {unread}")
@@ -1439,6 +1453,7 @@ def settings_of(stage, given):
     args = argparse.Namespace(**values | dict(stage=stage, start=start, given=given))
     require(args.batch % PROCESSES == 0, f"--batch must be a multiple of {PROCESSES} processes")
     require(args.arch == "tiny" or args.size >= 32, "densenet121 needs --size 32 or more")
+    require(3 * args.augment["blur"] < args.size - 1, "--blur must be below a third of --size")
     require(args.arch != "tiny" or "imagenet" not in (given.get("init"), start),
             "tiny has no ImageNet weights; use --arch densenet121")
     for name, sets in dict(root=RECIPES[:3], partial=RECIPES[:3], uncertain=["chexpert"]).items():
@@ -1485,6 +1500,7 @@ def main(argv=None):
     """Run a command. Returns its exit status: 0, 2 if the user can fix it, 130 on Ctrl-C."""
     try:
         args = parse_args(argv)
+        # TF32 on GPUs: faster, and exact enough for training.
         torch.set_float32_matmul_precision("high")
         keep_memory()
         if PROCESSES > 1:
@@ -1501,10 +1517,11 @@ def main(argv=None):
         return 130
     except (UserError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        # Of torch's own errors the user can fix too little memory and another network.
-        if isinstance(error, RuntimeError) and "memory" not in text and "state_dict" not in text:
+        # Of torch's own errors the user can fix too little memory.
+        if isinstance(error, RuntimeError) and "memory" not in text:
             raise
-        print("error:", text, file=sys.stderr)
+        # Below a progress bar.
+        print("\nerror:", text, file=sys.stderr)
         return 2
     finally:
         if distributed.is_initialized():

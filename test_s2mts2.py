@@ -104,7 +104,7 @@ def npz(root=Path(), grey=True, multilabel=False, counts=(60, 4, 16), **changes)
     return arrays
 def folder(root, mode="L"):  # 60 own images of two classes; the last 20 are not in the table
     names = [f"{'ab'[k % 2]}/{k:03d}.{'png' if k % 3 else 'jpg'}" for k in range(60)]
-    for k, name in enumerate(names):
+    for k, name in enumerate([*names, ".hidden/1.png", "a/.2.png", "views.png"]):  # No images: the last.
         write_image(root / name, k, mode)
     rows = [f"{name},{k % 2},{1 - k % 2}\n" for k, name in enumerate(names[:40])]
     (root / "labels.csv").write_text("image,cat,dog\n" + "".join(rows))
@@ -118,8 +118,7 @@ def test_digits_are_split_stratified_and_always_the_same():
     assert sorted([*data.train, *data.test]) == [*range(1797)] and [*load_data("digits").test] == [*data.test]
 
 def test_cxr14_in_three_layouts(tmp_path):
-    root = tmp_path / "root"
-    cxr14(root)
+    cxr14(root := tmp_path / "root")
     data = load_data("cxr14", root, size=24)
     assert data.images.shape == (30, 1, 24, 24) and data.multilabel and len(data.classes) == 14
     for part, name in (data.train, "train_val_list.txt"), (data.test, "test_list.txt"):
@@ -200,7 +199,7 @@ BROKEN, OWN, LABELS = "images/00000002_001.png", "b/001.png", "labels.csv"
     (cxr14, edit(ENTRIES, "Effusion", "Confusion"), "Confusion"),
     (chexpert, edit("CheXpert-v1.0-small/train.csv", "0.0", "0.5"), "0.5"),
     (isic2018, edit(f"{ISIC}GroundTruth/{ISIC}GroundTruth.csv", "1.0", "0.0"), "ISIC_0000000"),
-    (folder, lambda: [path.unlink() for path in Path("root").rglob("*.*")], "root"),
+    (folder, lambda: [path.unlink() for path in Path("root").rglob("*.???")], "root"),
     (folder, edit(LABELS), "root"), (folder, edit(OWN, new="not an image"), OWN),
     (folder, edit(LABELS, "image", "file"), "image"), (folder, edit(LABELS, OWN, "b/999.png"), "b/999"),
     (folder, edit(LABELS, OWN, f"{OWN},1,0\n{OWN}"), OWN), (folder, edit(LABELS, f"{OWN},", f"{OWN},x"), OWN),
@@ -225,13 +224,14 @@ NAN_7, ONES = np.where(np.arange(40) == 7, np.nan, np.ones((3, 40))).T, np.ones(
     (dict(targets=1 * (np.eye(3)[[0] * 40] + np.isnan(NAN_7) > 0), multilabel=False), "image i7 "),
     (dict(targets=NAN_7, test=[7], train=[1]), "image i7 "), (dict(test=[]), "empty"),
     (dict(test=[40]), "ind"), (dict(test=[-1]), "ind"), (dict(train=[1], test=[3, 3]), "image i3 "),
-    (dict(train=[3], test=[3]), "image i3 "), (dict(names=["i8", *range(7), "i8", *range(31)]), "image i8 ")])
+    (dict(train=[3], test=[3]), "image i3 "), (dict(classes="aba"), "two classes"),
+    (dict(names=["i8", *range(7), "i8", *range(31)]), "image i8 ")])
 def test_data_made_by_hand_is_checked_and_the_image_is_named(change, word):
     pytest.raises(UserError, replace, made_by_hand(), **change).match(word)
 
 def test_decoding_resumes_and_a_finished_cache_needs_no_originals(tmp_path, monkeypatch):
-    root, opened, original = tmp_path / "root", [], Image.open
-    cxr14(root)
+    opened, original = [], Image.open
+    cxr14(root := tmp_path / "root")
     load = lambda size=16, **more: load_data("cxr14", root, size=size, cache="cache", **more)
     monkeypatch.setattr(Image, "open", lambda path, *more: opened.append(path) or original(path, *more))
     first, (whole,) = np.array(load().images), Path("cache").rglob("*.uint8")
@@ -453,8 +453,7 @@ def test_unknown_targets_have_no_part_in_loss_and_metrics(multilabel):
     p, soft = logits.sigmoid(), logits.exp() / logits.exp().sum(1, keepdim=True)
     terms = [-(p[n, c] if truth[n, c] else 1 - p[n, c]).log() for n in range(40) for c in range(3)
              if not unknown[n, c]] if multilabel else [-soft[n, n % 3].log() for n in range(40) if n % 4 != 1]
-    loss = s2mts2.supervised_loss(logits.requires_grad_(), targets, multilabel)
-    loss.backward()
+    (loss := s2mts2.supervised_loss(logits.requires_grad_(), targets, multilabel)).backward()
     assert loss.item() == pytest.approx(sum(terms).item() / len(terms), rel=1e-9)
     assert (logits.grad[unknown] == 0).all() and (logits.grad[~unknown] != 0).all()
     expected = (p - other.sigmoid() if multilabel else soft - other.softmax(1)).square().sum().item() / 120
@@ -540,8 +539,7 @@ def test_each_loss_of_stage_2_gets_the_right_images(weight, monkeypatch):
     assert s2mts2.finetune(data, args) and len(seen) == 2 + 5
 
 def test_targets_of_unlabelled_images_are_never_read():
-    data = made_by_hand()
-    chosen = choose_labelled(data, 8, 0)
+    chosen = choose_labelled(data := made_by_hand(), 8, 0)
     Path("labels.txt").write_text("\n".join(data.names[k] for k in chosen))
     for out, value, labels in ("nan", np.nan, "all"), ("one", 1, "labels.txt"), ("zero", 0, "labels.txt"):
         other, common = replace(data, targets=data.targets.copy()), f"--epochs 2 --batch 8 --out {out}"
@@ -623,6 +621,7 @@ def test_checkpoints_that_are_gone_or_broken_or_malicious(capsys):
     Path("runs/other/pretrain.pt").write_bytes(b"broken")
     os.utime("runs/other/pretrain.pt", (2e9, 2e9))
     run(command := f"finetune --data set.npz --labels 10 {SMALL}")
+    assert "tiny" in error_of(f"{command} --arch densenet121", capsys)
     result = Path("runs/set/metrics.json").read_bytes()
     npz(counts=(61, 4, 16))
     assert "finetune.pt" in error_of("evaluate", capsys)
@@ -725,12 +724,13 @@ def test_settings_come_from_the_recipe_the_checkpoint_and_the_command_line():
 
 BAD = {"": "|train|evaluate|evaluate nowhere.pt|evaluate --epochs 3|predict|finetune|pretrain --from scratch",
        "pretrain ": "extra|--nonsense|--epoch 2|--data mnist|--epochs 0|--epochs x|--batch 1438|--lr nan|"
-       "--lr inf|--teacher-momentum 1.1|--temperature 0|--dim 1000000000000|--size 31 --arch densenet121|"
-       "--seed -1|--init imagenet|--device tpu|--device cuda:99|--labels 3|--out file|--data file|--root x|"
-       "--data cxr14|--partial|--data cxr14 --root file|--data cxr14 --uncertain ones",
+       "--lr inf|--teacher-momentum 1.1|--crop 1|--beta1 1|--blur 11|--temperature 0|--dim 1000000000000|"
+       "--size 31 --arch densenet121|--seed -1|--seed 4294967296|--init imagenet|--device tpu|"
+       "--device cuda:99|--labels 3|--out file|--data file|--root x|--data cxr14|--partial|"
+       "--data cxr14 --root file|--data cxr14 --uncertain ones",
        "finetune --from ": "nowhere.pt|file|imagenet --arch tiny",
        "finetune --from scratch --labels ": "0|1.5|5|2000|nowhere.txt|file",
-       "ablate ": "--seeds 1|--lr -3|--size 8|--labels nowhere.txt|--init imagenet --arch tiny"}
+       "ablate ": "--seeds 1|--seed 1|--lr -3|--size 8|--labels nowhere.txt|--init imagenet --arch tiny"}
 @pytest.mark.parametrize("command", [start + end for start in BAD for end in BAD[start].split("|")])
 def test_bad_commands_end_with_one_line_and_write_nothing(command, capsys):
     Path("file").write_text("neither a folder nor a checkpoint\n")
