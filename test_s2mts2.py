@@ -724,11 +724,11 @@ def test_settings_come_from_the_recipe_the_checkpoint_and_the_command_line():
 
 BAD = {"": "|train|evaluate|evaluate nowhere.pt|evaluate --epochs 3|predict|finetune|pretrain --from scratch",
        "pretrain ": "extra|--nonsense|--epoch 2|--data mnist|--epochs 0|--epochs x|--batch 1438|--lr nan|"
-       "--lr inf|--teacher-momentum 1.1|--crop 1|--beta1 1|--blur 11|--temperature 0|--dim 1000000000000|"
+       "--lr inf|--teacher-momentum 1.1|--crop 1|--blur 11|--temperature 0|--dim 1000000000000|"
        "--size 31 --arch densenet121|--seed -1|--seed 4294967296|--init imagenet|--device tpu|"
        "--device cuda:99|--labels 3|--out file|--data file|--root x|--data cxr14|--partial|"
        "--data cxr14 --root file|--data cxr14 --uncertain ones",
-       "finetune --from ": "nowhere.pt|file|imagenet --arch tiny",
+       "finetune --from ": "nowhere.pt|file|imagenet --arch tiny|scratch --beta1 1",
        "finetune --from scratch --labels ": "0|1.5|5|2000|nowhere.txt|file",
        "ablate ": "--seeds 1|--seed 1|--lr -3|--size 8|--labels nowhere.txt|--init imagenet --arch tiny"}
 @pytest.mark.parametrize("command", [start + end for start in BAD for end in BAD[start].split("|")])
