@@ -164,8 +164,8 @@ FINETUNE = dict(
     # the first epoch, with ramp = 1 consistency * (epochs - 1) / epochs in the last.
     consistency=(1.0, 1.0, 1.0, 200.0, 20.0),
     ramp=(1.0, 1.0, 1.0, 1.0, 0.33),
-    # Labels in use, see choose_labelled; also with --arch tiny. [our choice] CheXpert: the authors'
-    # lists are unpublished.
+    # Labels in use, see choose_labelled. With --arch tiny the first three keep theirs. [our choice]
+    # CheXpert: the authors' lists are unpublished.
     labels=(0.02, 0.02, 0.2, 10, "all"),
     # [our choice] The rotation of cxr14, the vertical flip of isic2018. In small colours change as
     # little as in stage 1: with stronger changes stage 2 lost much of what stage 1 had added.
@@ -442,8 +442,8 @@ def finetune(data, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # [Mean Teacher] Warm-up: at first the teacher is the plain mean of its first weights
-            # and all students since. So it forgets the untrained classifier sooner.
+            # [Mean Teacher] Warm-up: until the decay reaches a, the teacher is the plain mean of
+            # its first weights and all students. It forgets the untrained classifier sooner.
             updates = epoch * steps + step + 1
             ema_update(teacher, student, min(1 - 1 / (updates + 1), args.teacher_momentum))
             run.step(loss, len(views))
@@ -814,7 +814,7 @@ class Data:
                 "not uint8 images [n, 1 or 3, height, width], targets [n, classes] and n names")
         require(len(self.train) and len(self.test) and 0 <= used.min() and used.max() < count,
                 "train and test must be indices of images, not empty; see column split")
-        require(len({*self.classes} - {""}) == len(self.classes), "two classes have the same name")
+        require(len({*self.classes} - {""}) == len(self.classes), "class names are equal or empty")
         last = {name: index for index, name in enumerate(self.names)}
         for right, rule in (
                 (np.arange(count) == [last[name] for name in self.names], "is there twice"),
@@ -1112,7 +1112,7 @@ class Run:
     """
 
     def __init__(self, data, args, images_per_epoch, labelled=(), **state):
-        require(images_per_epoch, f"{len(data.train)} training images: use a smaller --batch")
+        require(images_per_epoch, f"{len(data.train)} training images: --batch must not be larger")
         self.args, self.state, self.images, self.history = args, state, images_per_epoch, []
         self.path = output_folder(data, args) / f"{args.stage}.pt"
         # Plain values, whatever a notebook gave.
@@ -1453,7 +1453,7 @@ def settings_of(stage, given):
     args = argparse.Namespace(**values | dict(stage=stage, start=start, given=given))
     require(args.batch % PROCESSES == 0, f"--batch must be a multiple of {PROCESSES} processes")
     require(args.arch == "tiny" or args.size >= 32, "densenet121 needs --size 32 or more")
-    require(3 * args.augment["blur"] < args.size - 1, "--blur must be below a third of --size")
+    require(3 * args.augment["blur"] <= args.size - 1, "--blur must be below a third of --size")
     require(args.arch != "tiny" or "imagenet" not in (given.get("init"), start),
             "tiny has no ImageNet weights; use --arch densenet121")
     for name, sets in dict(root=RECIPES[:3], partial=RECIPES[:3], uncertain=["chexpert"]).items():
@@ -1520,7 +1520,7 @@ def main(argv=None):
         # Of torch's own errors the user can fix too little memory.
         if isinstance(error, RuntimeError) and "memory" not in text:
             raise
-        # Below a progress bar.
+        # The cursor may stand behind a progress bar.
         print("\nerror:", text, file=sys.stderr)
         return 2
     finally:

@@ -104,7 +104,7 @@ def npz(root=Path(), grey=True, multilabel=False, counts=(60, 4, 16), **changes)
     return arrays
 def folder(root, mode="L"):  # 60 own images of two classes; the last 20 are not in the table
     names = [f"{'ab'[k % 2]}/{k:03d}.{'png' if k % 3 else 'jpg'}" for k in range(60)]
-    for k, name in enumerate([*names, ".hidden/1.png", "a/.2.png", "views.png"]):  # No images: the last.
+    for k, name in enumerate([*names, ".hidden/1.png", "a/.2.png", "views.png"]):  # Not read: the last 3
         write_image(root / name, k, mode)
     rows = [f"{name},{k % 2},{1 - k % 2}\n" for k, name in enumerate(names[:40])]
     (root / "labels.csv").write_text("image,cat,dog\n" + "".join(rows))
@@ -224,7 +224,7 @@ NAN_7, ONES = np.where(np.arange(40) == 7, np.nan, np.ones((3, 40))).T, np.ones(
     (dict(targets=1 * (np.eye(3)[[0] * 40] + np.isnan(NAN_7) > 0), multilabel=False), "image i7 "),
     (dict(targets=NAN_7, test=[7], train=[1]), "image i7 "), (dict(test=[]), "empty"),
     (dict(test=[40]), "ind"), (dict(test=[-1]), "ind"), (dict(train=[1], test=[3, 3]), "image i3 "),
-    (dict(train=[3], test=[3]), "image i3 "), (dict(classes="aba"), "two classes"),
+    (dict(train=[3], test=[3]), "image i3 "), (dict(classes="aba"), "class names"),
     (dict(names=["i8", *range(7), "i8", *range(31)]), "image i8 ")])
 def test_data_made_by_hand_is_checked_and_the_image_is_named(change, word):
     pytest.raises(UserError, replace, made_by_hand(), **change).match(word)
@@ -599,8 +599,7 @@ os.replace = lambda *arguments: (event(), replace(*arguments), event())
 sys.exit(s2mts2.main())
 """
 @pytest.mark.parametrize("stage, lives", [("pretrain", (2, 12, 10)), ("finetune", (12, 9, 17))])
-def test_a_run_killed_at_several_moments_ends_the_same(stage, lives):
-    # An event is a training step, or the moment before or after a file is replaced.
+def test_a_run_killed_at_several_moments_ends_the_same(stage, lives):  # Moments: steps, replaced files
     npz()
     command = f"{stage} --data set.npz --epochs 4 --batch 16 --size 16 --device cpu"
     command += " --from scratch --arch tiny --labels 10 --min-steps 0" * (stage == "finetune")
@@ -622,6 +621,7 @@ def test_checkpoints_that_are_gone_or_broken_or_malicious(capsys):
     os.utime("runs/other/pretrain.pt", (2e9, 2e9))
     run(command := f"finetune --data set.npz --labels 10 {SMALL}")
     assert "tiny" in error_of(f"{command} --arch densenet121", capsys)
+    pytest.raises(UserError, s2mts2.load_networks, parse(command), 3, 4).match(r".* 1\), .* 3\)")
     result = Path("runs/set/metrics.json").read_bytes()
     npz(counts=(61, 4, 16))
     assert "finetune.pt" in error_of("evaluate", capsys)
