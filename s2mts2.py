@@ -1430,7 +1430,8 @@ def settings_of(stage, given):
         saved = load_checkpoint(start, wanted)["args"]
         out = "predicted.csv" if stage == "predict" else str(Path(start).parent)
         if stage != "finetune":
-            unread = given.keys() - {"start", "data", "root", "cache", "device", "out"}
+            read = {"start", "data", "device", "out"}
+            unread = given.keys() - (read if stage == "predict" else {*read, "root", "cache"})
             require(not unread, f"{stage} does not read {sorted(unread)}")
             saved |= dict(device="auto", out=out) | given
             return argparse.Namespace(**saved | dict(stage=stage, start=start))
@@ -1513,7 +1514,7 @@ def main(argv=None):
         commands[args.stage](*data, args)
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; the same command, without --fresh, resumes", file=sys.stderr)
+        print("\nstopped; to go on, run the same command without --fresh", file=sys.stderr)
         return 130
     except (UserError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())

@@ -699,7 +699,7 @@ def test_predict_repeats_predictions_and_names_broken_images(capsys):
     assert {*images} - {*good} == broken and all(name in printed for name in broken)
     assert np.allclose(scores, [row[name] for name in good], atol=1e-5)
     error_of("predict DIR/a/002.png --out none.csv", capsys)
-    assert "epochs" in error_of("predict DIR/b/001.png --epochs 3", capsys)
+    assert "['epochs', 'root']" in error_of("predict DIR/b/001.png --epochs 3 --root .", capsys)
 
 def test_settings_come_from_the_recipe_the_checkpoint_and_the_command_line():
     args = parse("pretrain --data cxr14 --keys 5")
@@ -749,7 +749,7 @@ assert state() == before""")
     assert python(SCRIPT, "train").returncode == 2
     monkeypatch.setattr(s2mts2, "pretrain", interrupt)
     assert main(["pretrain", "--fresh", "--seed", "3"]) == 130
-    assert capsys.readouterr().err.strip() == "stopped; the same command, without --fresh, resumes"
+    assert capsys.readouterr().err.strip() == "stopped; to go on, run the same command without --fresh"
 
 def test_the_ablation_has_five_rows_with_the_same_labels(monkeypatch):
     monkeypatch.setattr(s2mts2, "load_data", lambda *arguments: made_by_hand(multilabel=False))
