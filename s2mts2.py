@@ -27,12 +27,12 @@ accurate than one step, so the teacher can provide targets for the student.
                  |                                    +-- mean squared difference ----+    student
                  +-------> view 2 --> teacher --> p' -+           times w
 
-    The teacher of stage 2 is the network that is evaluated.
+    The teacher of stage 2 is the result. The student is tested too.
 
 Commands:
     a laptop            python s2mts2.py pretrain && python s2mts2.py finetune
     each ingredient     python s2mts2.py ablate --seeds 10
-    MoCo instead        python s2mts2.py pretrain --keys 1 --covariance-weight 0
+    MoCo instead        python s2mts2.py pretrain --keys 1 --covariance-weight 0 --out runs/moco
     your own images     python s2mts2.py pretrain --data DIR && python s2mts2.py finetune
     new images          python s2mts2.py predict IMAGES
     several GPUs        torchrun --nproc_per_node=4 s2mts2.py pretrain --data cxr14 --root DIR
@@ -41,7 +41,7 @@ Symbols of the paper, names in this file, shapes:
     q, k_m, n_j   query [N, D], keys [N, M, D], queue [K, D]: embeddings and negatives
     mu, Sigma     mean (it enters the queue) and covariance (never formed) of the keys of an image
     t             temperature
-    c, lambda     covariance_weight, and its value in the last epoch, args.covariance_weight
+    c, lambda     covariance_weight; args.covariance_weight, which is c in the last epoch
     a, w          teacher_momentum, the EMA decay; weight of the consistency loss
     p, p'         probabilities [N, C] of student and teacher
 N images in a batch, M keys of an image, D dimensions of an embedding, K negatives, C classes.
@@ -99,9 +99,9 @@ def require(condition, message):
 #   digits                      [our choice] Chosen on held-out training images, but after an
 #                               earlier recipe was seen on the test images; see README, Results.
 #   small                       [our choice] All other data, and --arch tiny on all but digits.
-#                               From trials on held-out images of ISIC2018: lambda 0 or 1, MoCo or
-#                               five keys at equal cost, a shorter queue or another EMA decay in
-#                               stage 1, stronger views or more epochs in stage 2 were not better.
+#                               On held-out images of ISIC2018 these were not better: lambda 0 or
+#                               1; at equal cost MoCo or five keys; in stage 1 a shorter queue or
+#                               another EMA decay; in stage 2 stronger views.
 RECIPES = ("cxr14", "chexpert", "isic2018", "digits", "small")
 
 # [authors' code] pretrain.py and dataloader.py.
@@ -141,11 +141,11 @@ PRETRAIN = dict(
     erase_p=(0.5, 0.0, 0.0, 0.0, 0.0),
 )
 
-# [authors' code] cxr14 is a blend. The last script has size, batch, optimizer, 2 % of the labels,
-# and 10 epochs of supervised loss only. Epochs, EMA decay and consistency weight are from the older
-# scripts for CheXpert and ISIC2018.
+# [authors' code] cxr14 is a blend. The last script has size, batch, optimizer, schedule, 2 % of the
+# labels, and 10 epochs of supervised loss only. Epochs, EMA decay, consistency weight and ramp are
+# from the older scripts for CheXpert and ISIC2018.
 FINETUNE = dict(
-    # [our choice] 224 for chexpert and isic2018.
+    # [our choice] 224 for isic2018.
     size=(512, 224, 224, 32, 64),
     epochs=(30, 30, 80, 14, 5),
     # Unlabelled images in a step; as many labelled images, or all of them if they are fewer.
@@ -153,22 +153,22 @@ FINETUNE = dict(
     # Steps of an epoch, at least: with a few hundred images stage 2 would be too short.
     min_steps=(0, 0, 0, 0, 75),
     # AdamW; without weight decay it is Adam. This eps is far above most gradients, so a step is
-    # nearly that of SGD with a learning rate of lr / eps, 0.5 or 1. With few labels these large
-    # steps can overwrite the features of stage 1; in small, few epochs and an early w limit this.
+    # nearly that of SGD with a learning rate of lr / eps, 0.5 or 1. With few labels such steps
+    # can overwrite the features of stage 1. Few epochs and an early w, as in small, limit this.
     lr=(0.05, 0.05, 0.05, 0.1, 0.05),
     beta1=0.9, beta2=0.99, eps=0.1,
     weight_decay=(0.0, 0.01, 0.0, 0.0, 0.0),
     schedule=("steps", "cosine", "cosine", "cosine", "cosine"),
     teacher_momentum=(0.999, 0.999, 0.999, 0.97, 0.99),
     # Weight w of the consistency loss; fraction of the epochs in which w increases to it. w is 0 in
-    # the first epoch, with ramp = 1 consistency * (epochs - 1) / epochs in the last.
+    # the first epoch; in the last, if ramp is 1, consistency * (epochs - 1) / epochs.
     consistency=(1.0, 1.0, 1.0, 200.0, 20.0),
     ramp=(1.0, 1.0, 1.0, 1.0, 0.33),
     # Labels in use, see choose_labelled. With --arch tiny the first three keep theirs. [our choice]
     # CheXpert: the authors' lists are unpublished.
     labels=(0.02, 0.02, 0.2, 10, "all"),
-    # [our choice] The rotation of cxr14, the vertical flip of isic2018. In small colours change as
-    # little as in stage 1: with stronger changes stage 2 lost much of what stage 1 had added.
+    # [our choice] The rotation of cxr14, the vertical flip of isic2018. The recipe small changes
+    # colours as little as stage 1: with more, stage 2 lost much of what stage 1 had added.
     crop=(0.8, 0.8, 0.8, 0.4, 0.2),
     rotate=(5.0, 10.0, 10.0, 20.0, 10.0),
     rotate_p=1.0,
@@ -211,7 +211,7 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
 
 
 def make_teacher(student):
-    """A copy of the student. No gradient reaches it; only ema_update changes it.
+    """A copy of the student. No gradient reaches it; only ema_update changes its weights.
 
     Why no gradient, stage 1: [MoCo] keys of earlier steps stay in the queue. They are comparable
     with new keys only if the teacher changes slowly. This also saves M of M + 1 backward passes.
@@ -274,10 +274,11 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
         concave (Jensen's inequality);
       - the mean of e^(q.k/t) is e^(q.mu/t + q^T Sigma q / (2 t^2)) (moment-generating function).
     So the mean over infinitely many keys is at most, with c = 1,
-        L = log( e^(q.mu/t + c q^T Sigma q / (2 t^2)) + sum_j e^(q.n_j/t) ) - q.mu/t.
-    For c < 1, L may not be an upper bound. Even c = 1 is only approximately one: unit vectors are
-    not Gaussian, and mu and Sigma are estimated from M keys. The covariance term is large where the
-    keys of an image differ along the query. It turns the query to directions in which they agree.
+        loss = log( e^(q.mu/t + c q^T Sigma q / (2 t^2)) + sum_j e^(q.n_j/t) ) - q.mu/t.
+    For c < 1 the loss may not be an upper bound. Even for c = 1 the bound is approximate: unit
+    vectors are not Gaussian, and mu and Sigma are estimated from M keys. The covariance term is
+    large where the keys of an image differ along the query. It turns the query to directions in
+    which they agree.
 
     [authors' code] Sigma is the biased covariance, the mean of (k - mu)(k - mu)^T. So q^T Sigma q
     / t^2 is the biased variance of the M numbers q.k_m / t, and no D x D matrix is formed.
@@ -289,7 +290,7 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     positive = mean + covariance_weight / 2 * variance                  # [N]
     negatives = query @ queue.T / temperature                           # [N, K]
     logits = torch.cat([positive[:, None], negatives], 1)               # [N, 1 + K]
-    # Minus mean, not minus positive: in L the covariance stands only inside the log.
+    # Minus mean, not minus positive: in the loss the covariance stands only inside the log.
     return (logits.logsumexp(1) - mean).mean()
 
 
@@ -307,7 +308,7 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # share these images, so the student could find its keys by this trace. MoCo shuffles the images
 # between GPUs. [our choice] Not done: an earlier version of this file with BatchNorm in shuffled
 # groups did not improve stage 1. Several GPUs use SyncBatchNorm as in MoCo v3 (arXiv 2104.02057):
-# N GPUs have the loss and the BatchNorm statistics of one GPU; only the random views differ.
+# loss and BatchNorm statistics are those of one GPU; only the random views differ.
 
 
 def pretrain(data, args):
@@ -333,7 +334,7 @@ def pretrain(data, args):
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=args.momentum,
                                 weight_decay=args.weight_decay, fused=device.type != "mps")
     steps = len(data.train) // args.batch
-    # [plumbing] Loads an unfinished checkpoint; keeps learning rate, bar, log and checkpoint.
+    # [plumbing] Loads an earlier checkpoint; keeps learning rate, bar, log and checkpoint.
     run = Run(data, args, steps * args.batch, student=student, teacher=teacher,
               optimizer=optimizer, queue=queue)
     save_views(data, args)
@@ -584,10 +585,11 @@ ABLATION = {"scratch + supervised": dict(consistency=0.0), "scratch + mean teach
 def ablate(args):
     """Run the five rows of ABLATION with seeds 0 to args.seeds - 1. Print a table.
 
-    A seed has the same labels in every row. Each run has a folder in args.out; a finished run is
-    only evaluated again. Returns the dict in ablation.json: {row: {metric: [value of each seed]}}.
+    A seed has the same labels in every row. An option such as --lr sets both stages. Each run has a
+    folder in args.out; a finished run is only evaluated again. Returns the dict in ablation.json,
+    {row: {metric: [value of each seed]}}.
     """
-    # The settings of stage 2 first: what it would refuse is refused before the first run.
+    # Stage 2 first: its wrong settings, except labels, raise an error before the first run.
     data2, data1 = (data_for(settings_of(stage, args.given | dict(start="scratch")))
                     for stage in ("finetune", "pretrain"))
     out = Path(args.out or f"runs/{data1.name}/ablation")
@@ -616,7 +618,7 @@ def ablate(args):
 # ---- 8. Views ------------------------------------------------------------------------------------
 
 # A view shows an image with another position, exposure or sharpness. The networks learn to ignore
-# what differs between views. The functions that change images take the random numbers as arguments.
+# what differs between views. random_views samples the random numbers; the others take them.
 
 # The strengths of a view. All zero: no random change, for evaluation.
 PLAIN = dict(
@@ -759,7 +761,7 @@ def gaussian_blur(images, sigma, largest):
     distance = torch.arange(-radius, radius + 1, device=images.device)
     weights = torch.softmax(-distance.square() / (2 * sigma.square()[:, None]), 1)
     # A Gaussian is a separable kernel: rows first, then columns. As a depthwise convolution, with
-    # all images as channels of one, each image has a kernel of its own.
+    # all images as its channels, each image has a kernel of its own.
     weights = weights.repeat_interleave(images.shape[1], 0)
     blurred = F.pad(images.flatten(0, 1)[None], [radius] * 4, mode="reflect")
     blurred = F.conv2d(blurred, weights[:, None, None, :], groups=len(weights))
@@ -791,7 +793,7 @@ class Data:
     names        names of the images
     train, test  int64 indices. Unlabelled images are not in test.
     multilabel   True: each class is a yes or no (sigmoid). False: one class an image (softmax), and
-                 a row that is not wholly known counts as unlabelled.
+                 a row that is not completely known counts as unlabelled.
     Raises UserError, which names the first wrong image.
     """
 
@@ -836,7 +838,7 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
 
     name       digits, cxr14, chexpert, isic2018, a folder with labels.csv, or a MedMNIST .npz file
     root       folder of cxr14, chexpert or isic2018; data/<name> unless given
-    size       side in pixels to which image files are resized when they are decoded
+    size       side in pixels of the square to which image files are resized
     cache      folder for the resized images; the folder of the data unless given
     uncertain  CheXpert's -1: "zeros", "ones", or "ignore" (not known)
     partial    bool: use only the image files that are there
@@ -930,7 +932,7 @@ def load_chexpert(root, uncertain):
     """CheXpert: 14 observations, all images of train.csv. 70 % of the patients train, 20 % test.
 
     [our choice] 10 % are in neither part, for tuning. A blank is negative. For -1 the CheXpert
-    paper has U-Zeros, U-Ones and U-Ignore. With "ignore" it is 0 in the test images.
+    paper has U-Zeros, U-Ones and U-Ignore. In the test images "ignore" is 0, "ones" 1.
     """
     table = max(root.glob("CheXpert-v1.0*/train.csv"), default=root / "train.csv")
     header, *rows = read_table(table)
@@ -1137,6 +1139,8 @@ class Run:
                 load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
                 load(saved["state"][name])
             self.history = saved["history"]
+            # The newest checkpoint is that of the last command, also if nothing is left to do.
+            self.path.touch()
         self.epochs_done = done = len(self.history)
         status = "finished" if done == args.epochs else f"{done} epochs done"
         print(f"\n{self.path}, start {args.start}, {status}: {settings}".replace("'", ""))
@@ -1286,7 +1290,7 @@ def load_networks(args, channels, classes):
 # ---- 11. Devices and processes [plumbing] --------------------------------------------------------
 
 # torchrun starts this program once for each GPU. Each process holds the same networks and the same
-# queue, and takes its part of each batch. With one process these functions do nothing.
+# queue, and takes its part of each batch. For one process the first two functions do nothing.
 RANK, PROCESSES = 0, 1
 if "TORCHELASTIC_RUN_ID" in os.environ:
     RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -1304,7 +1308,7 @@ def all_gather(tensor):
     if PROCESSES == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(PROCESSES)]
-    distributed.all_gather(parts, tensor.contiguous())
+    distributed.all_gather(parts, tensor)
     return torch.cat(parts)
 
 
@@ -1339,8 +1343,7 @@ def keep_memory():
 
 # ---- 12. Command line [plumbing] -----------------------------------------------------------------
 
-# Settings that are not in the tables. Smallest values of numbers, 0 unless named; largest values.
-# Possible words.
+# Settings that are not in the tables. LOWEST is 0 and HIGHEST no limit unless named.
 DEFAULTS = dict(data="digits", root=None, cache=None, partial=False, uncertain="zeros", out=None,
                 fresh=False, device="auto", amp=True, seed=0)
 LOWEST = dict(batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3,
@@ -1375,11 +1378,11 @@ def parse_args(argv=None):
                    (the newest in runs/*/, with --data NAME in runs/NAME/)
       --device     auto, cpu, cuda, cuda:1 or mps (auto: cuda, else cpu)
       --amp        bfloat16 on GPUs; --no-amp: not (on)
-      --seed       of all random numbers (0)
+      --seed       of all random numbers, not of the split (0)
       --seeds      ablate: runs of each row (3)
 
-    The other options are settings of stage 1; stage 2. Below are the defaults, for cxr14, chexpert,
-    isic2018, digits and small, or for all. The comments in the file explain each.
+    The other options are settings. Below are their defaults in stage 1; stage 2 (-: no row there),
+    for cxr14, chexpert, isic2018, digits and small, or for all. Comments in the file explain each.
     """
     # --help prints the text above.
     text = parse_args.__doc__.partition("UserError.")[2]
@@ -1394,8 +1397,8 @@ def parse_args(argv=None):
     parser.add_argument("--from", dest="start", help=argparse.SUPPRESS)
     for name, row in (DEFAULTS | dict(seeds=3) | PRETRAIN | FINETUNE).items():
         option, value = "--" + name.replace("_", "-"), row[0] if isinstance(row, tuple) else row
-        shown = "; ".join(str(table[name]) for table in (PRETRAIN, FINETUNE) if name in table)
-        shown = shown or argparse.SUPPRESS
+        shown = "; ".join(str(table.get(name, "-")) for table in (PRETRAIN, FINETUNE))
+        shown = argparse.SUPPRESS if shown == "-; -" else shown
         kind = dict(labels=file_or_number, root=str, cache=str, out=str).get(name, type(value))
         if kind is bool:
             parser.add_argument(option, action=argparse.BooleanOptionalAction, help=shown)
@@ -1445,12 +1448,12 @@ def settings_of(stage, given):
     small = data not in RECIPES or known.get("arch") == "tiny" and data != "digits"
     column = RECIPES.index("small" if small else data)
     tables = dict(pretrain=PRETRAIN, ablate=dict(seeds=3) | FINETUNE | PRETRAIN)
-    rows = DEFAULTS | dict(arch=PRETRAIN["arch"]) | tables.get(stage, FINETUNE)
+    rows = DEFAULTS | PLAIN | dict(arch=PRETRAIN["arch"]) | tables.get(stage, FINETUNE)
     if stage == "finetune" and data in RECIPES:
         rows["labels"] = FINETUNE["labels"][RECIPES.index(data)]
     values = {name: known.get(name, row[column] if isinstance(row, tuple) else row)
               for name, row in rows.items()}
-    values["augment"] = PLAIN | {name: values.pop(name) for name in PLAIN if name in values}
+    values["augment"] = {name: values.pop(name) for name in PLAIN}
     args = argparse.Namespace(**values | dict(stage=stage, start=start, given=given))
     require(args.batch % PROCESSES == 0, f"--batch must be a multiple of {PROCESSES} processes")
     require(args.arch == "tiny" or args.size >= 32, "densenet121 needs --size 32 or more")
@@ -1514,7 +1517,7 @@ def main(argv=None):
         commands[args.stage](*data, args)
         return 0
     except KeyboardInterrupt:
-        print("\nstopped; to go on, run the same command without --fresh", file=sys.stderr)
+        print("\nstopped; to resume, run the same command without --fresh", file=sys.stderr)
         return 130
     except (UserError, OSError, RuntimeError) as error:
         text = " ".join(str(error).split())

@@ -616,8 +616,7 @@ Trap = type("Trap", (), dict(__reduce__=lambda self: (os.system, ("touch sprung"
 def test_checkpoints_that_are_gone_or_broken_or_malicious(capsys):
     npz()
     run(f"pretrain --data set.npz {SMALL}")
-    Path("runs/other").mkdir()  # A broken newer checkpoint of another data set is no obstacle.
-    Path("runs/other/pretrain.pt").write_bytes(b"broken")
+    s2mts2.write_file(Path("runs/other/pretrain.pt"), b"broken")  # Newer, but of another data set.
     os.utime("runs/other/pretrain.pt", (2e9, 2e9))
     run(command := f"finetune --data set.npz --labels 10 {SMALL}")
     assert "tiny" in error_of(f"{command} --arch densenet121", capsys)
@@ -684,11 +683,12 @@ def test_both_stages_run_on_each_data_set_and_evaluate_repeats_the_results(make,
 
 def test_predict_repeats_predictions_and_names_broken_images(capsys):
     folder(Path("DIR"))
-    run(f"pretrain --data DIR {SMALL}", "finetune --epochs 1 --batch 4", "predict DIR --out out/new.csv")
+    # Repeating a finished run makes its checkpoint the newest.
+    run(first := f"pretrain --data DIR {SMALL}", f"{first} --seed 1 --out runs/other", first)
+    run("finetune --epochs 1 --batch 4", "predict DIR --out out/new.csv")
     (header, names, scores), (again, images, new) = table("runs/DIR/predictions.csv"), table("out/new.csv")
     row, broken = dict(zip(images, new)), {"a/002.png", "b/059.png"}
-    assert again == header and len(row) == 60
-    assert np.allclose([row[name] for name in names], scores, atol=1e-5)
+    assert again == header and len(row) == 60 and np.allclose([*map(row.get, names)], scores, atol=1e-5)
     run("predict DIR/a/002.png DIR/b/001.png --from runs/DIR/finetune.pt")
     _, paths, scores = table("predicted.csv")
     assert len(paths) == 2 and np.allclose(scores, [row[path[4:]] for path in paths], atol=1e-5)
@@ -719,8 +719,8 @@ def test_settings_come_from_the_recipe_the_checkpoint_and_the_command_line():
         assert (ours.data, ours.size, ours.arch, str(ours.root), ours.partial, ours.out) == (
             "cxr14", expected, "tiny", "root", True, out)
     assert parse("finetune --from size16/pretrain.pt --data ./cxr14").size == 16  # The same folder.
-    args = parse("finetune --from size16/pretrain.pt --data digits")
-    assert (args.root, args.partial, args.arch) == (None, False, "tiny")
+    args = parse("finetune --from size16/pretrain.pt --data digits --blur 1")
+    assert (args.root, args.partial, args.arch, args.augment["blur"]) == (None, False, "tiny", 1)
 
 BAD = {"": "|train|evaluate|evaluate nowhere.pt|evaluate --epochs 3|predict|finetune|pretrain --from scratch",
        "pretrain ": "extra|--nonsense|--epoch 2|--data mnist|--epochs 0|--epochs x|--batch 1438|--lr nan|"
@@ -749,7 +749,7 @@ assert state() == before""")
     assert python(SCRIPT, "train").returncode == 2
     monkeypatch.setattr(s2mts2, "pretrain", interrupt)
     assert main(["pretrain", "--fresh", "--seed", "3"]) == 130
-    assert capsys.readouterr().err.strip() == "stopped; to go on, run the same command without --fresh"
+    assert capsys.readouterr().err.strip() == "stopped; to resume, run the same command without --fresh"
 
 def test_the_ablation_has_five_rows_with_the_same_labels(monkeypatch):
     monkeypatch.setattr(s2mts2, "load_data", lambda *arguments: made_by_hand(multilabel=False))
