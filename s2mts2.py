@@ -99,9 +99,10 @@ def require(condition, message):
 #   digits                      [our choice] Chosen on held-out training images, but after an
 #                               earlier recipe was seen on the test images; see README, Results.
 #   small                       [our choice] All other data, and --arch tiny on all but digits.
-#                               On held-out images of ISIC2018 these were not better: lambda 0 or
-#                               1; at equal cost MoCo or five keys; in stage 1 a shorter queue or
-#                               another EMA decay; in stage 2 stronger views.
+#                               On held-out images of ISIC2018 these were not clearly better:
+#                               lambda 0 or 1; at equal cost MoCo or five keys; in stage 1 a shorter
+#                               queue or another EMA decay; in stage 2 stronger views, or 10 epochs
+#                               with consistency 50.
 RECIPES = ("cxr14", "chexpert", "isic2018", "digits", "small")
 
 # [authors' code] pretrain.py and dataloader.py.
