@@ -3418,6 +3418,20 @@ def test_added_and_removed_images_are_noticed():
     assert shades(load_data("own", size=8)) == expected | {"a.png": 223}
 
 
+def test_another_list_of_files_of_the_same_sizes_and_times_is_decoded_on_its_own():
+    """Archives can give all files one time, and BMP files of one shape have one size."""
+    for name, value in dict(a=10, b=11, c=12, d=13).items():
+        shade(Path(f"own/{name}.bmp"), value)
+        os.utime(f"own/{name}.bmp", (1e9, 1e9))
+    Path("own/labels.csv").write_text("image,label,split\nb.bmp,x,test\nc.bmp,y,train\n")
+    Path("own/d.bmp").rename("d.bmp")
+    assert shades(load_data("own", size=8)) == {"a.bmp": 10, "b.bmp": 11, "c.bmp": 12}
+    # Three images again, and each stands where another stood.
+    Path("own/a.bmp").unlink()
+    Path("d.bmp").rename("own/d.bmp")
+    assert shades(load_data("own", size=8)) == {"b.bmp": 11, "c.bmp": 12, "d.bmp": 13}
+
+
 def test_renamed_images_keep_their_pixels():
     numbered_files(10)
     load_data("own", size=8)
@@ -3454,6 +3468,34 @@ def test_an_interrupted_decoding_goes_on_only_with_unchanged_files(monkeypatch, 
     new = {"img003.png": 203, "img130.png": 204}
     assert shades(load_data("own", size=8)) == expected | new
     assert len(decodings) == 140 - 64 + 1
+
+
+def test_a_decoding_that_stops_early_keeps_what_an_earlier_one_left(monkeypatch, decodings):
+    expected = numbered_files()
+    with monkeypatch.context() as patch:
+        stop_at(patch, "img100.png", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load_data("own", size=8)
+    os.truncate("own/img003.png", 50)
+    with pytest.raises(UserError, match="img003.png"):
+        load_data("own", size=8)
+    shade(Path("own/img003.png"), 3)
+    decodings.clear()
+    assert shades(load_data("own", size=8)) == expected
+    assert len(decodings) == 140 - 64 + 1
+
+
+def test_a_decoding_ends_well_if_another_one_has_finished_meanwhile(monkeypatch):
+    expected, others = numbered_files(), []
+
+    def finish(path):
+        if not others:
+            others.append(path)
+            others.append(shades(load_data("own", size=8)))
+
+    stop_at(monkeypatch, "img139.png", finish)
+    assert shades(load_data("own", size=8)) == expected == others[1]
+    assert not [*Path("own").glob("*.part")]
 
 
 def test_images_exported_again_after_a_broken_one_are_the_new_ones():
@@ -5580,3 +5622,19 @@ def test_the_example_for_notebooks_runs(small_networks):
     exec(block[block.index("import numpy") :], {})
 
     assert list(Path("runs").glob("*/metrics.json"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_weights_of_stage_1_fit_torchvisions_densenet(channels):
+    teacher = s2mts2.build_network("densenet121", channels, 8, "mlp").eval()
+    Path("runs/cxr14").mkdir(parents=True)
+    state = dict(teacher=teacher.state_dict())
+    torch.save(dict(channels=channels, state=state), "runs/cxr14/pretrain.pt")
+    (block,) = [block for block in code_blocks() if "torchvision.models.densenet121()" in block]
+    names = dict(torch=torch, torchvision=torchvision)
+
+    exec(block, names)
+
+    images = torch.randn(2, channels, 64, 64)
+    expected, ours = teacher.features(images), names["network"].eval().features
+    assert torch.allclose(ours(images.expand(-1, 3, -1, -1)), expected, atol=1e-4)
