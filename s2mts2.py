@@ -14,7 +14,7 @@ last one, so the teacher can provide targets for the student.
           +-----> M key views ---> teacher --> k_1 ... k_M --------+
                                                  | mean            |
                                                  v                 |
-                                        queue of past means: n_1 ... n_K
+                              queue of past means: n_1 ... n_K ----+
 
     Stage 2, finetune: the same two networks with a new classifier, few labels.
         labelled image --> a view --> student --> p -- cross-entropy with its label --+
@@ -23,14 +23,13 @@ last one, so the teacher can provide targets for the student.
                  |                                    +-- mean squared difference ----+    student
                  +-------> view 2 --> teacher --> p' -+           times w
 
-The teacher of stage 2 is the result; the student is tested beside it. README.md shows what this
-reaches: on digits with 10 labels an accuracy of .88, without stage 1 .83, with labels only .63.
+The teacher of stage 2 is the result; the student is tested beside it. On digits with 10 labels its
+accuracy is .88, without stage 1 .83, with labels only .63 (ten seeds, see README.md).
 
 Commands:
     a laptop            python s2mts2.py pretrain && python s2mts2.py finetune
     each ingredient     python s2mts2.py ablate --seeds 10
     MoCo instead        python s2mts2.py pretrain --keys 1 --covariance-weight 0 --out runs/moco
-    what stage 1 learnt python s2mts2.py evaluate runs/digits/pretrain.pt
     your own images     python s2mts2.py pretrain --data DIR && python s2mts2.py finetune
     new images          python s2mts2.py predict IMAGES
     several GPUs        torchrun --nproc_per_node=4 s2mts2.py pretrain --data cxr14 --root DIR
@@ -39,7 +38,7 @@ Symbols of the paper, names in this file, shapes:
     q, k_m, n_j   query [N, D], keys [N, M, D], queue [K, D]: embeddings and negatives
     mu, Sigma     mean (it enters the queue) and covariance (never formed) of the keys of an image
     t             temperature
-    c, lambda     covariance_weight of the loss; c grows to args.lambda_, which it is at the end
+    c, lambda     covariance_weight, an argument of the loss; c in the last epoch, args.lambda_
     a, w          teacher_momentum, the EMA decay; weight of the consistency loss
     p, p'         probabilities [N, C] of student and teacher
 N images in a batch, M keys of an image, D dimensions of an embedding, K negatives, C classes; in
@@ -59,6 +58,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import io
 import json
 import math
@@ -71,7 +71,6 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -82,16 +81,6 @@ from PIL import Image, ImageOps
 from sklearn import datasets, linear_model, metrics, model_selection, pipeline, preprocessing
 from torch import distributed, nn
 from tqdm import tqdm
-
-
-class UserError(Exception):
-    """An error that the user can fix. The text is one line and says what to do."""
-
-
-def require(condition, message):
-    """Raise UserError unless the condition holds."""
-    if not condition:
-        raise UserError(message)
 
 
 # ---- 1. Network and teacher ----------------------------------------------------------------------
@@ -158,7 +147,7 @@ def ema_update(teacher, student, momentum):
     With a constant a, n updates with students theta_1 ... theta_n give the weighted mean
         theta'_n = a^n theta'_0 + (1 - a) sum_{i=1..n} a^(n-i) theta_i.
     [our choice] BatchNorm's running statistics are averaged like weights; its integer counter is
-    copied. [authors' code] There the counter is not copied.
+    copied; [authors' code] not there.
     """
     averages = [*teacher.parameters(), *teacher.buffers()]
     latest = [*student.parameters(), *student.buffers()]
@@ -193,10 +182,10 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
       - the mean of e^(q.k/t) is e^(q.mu/t + q^T Sigma q / (2 t^2)) (moment-generating function).
     So the mean over infinitely many keys is at most, with c = 1,
         loss = log( e^(q.mu/t + c q^T Sigma q / (2 t^2)) + sum_j e^(q.n_j/t) ) - q.mu/t.
-    For c < 1 the loss is not guaranteed to be an upper bound. Even for c = 1 the bound is
-    approximate: unit vectors are not Gaussian, and mu and Sigma are estimated from M keys. The
-    covariance term is large where the keys of an image differ along the query. It turns the query
-    to directions in which they agree.
+    For c < 1 the loss is not guaranteed to be an upper bound; c > 1 loosens the bound. Even for
+    c = 1 it is approximate: unit vectors are not Gaussian, and mu and Sigma are estimated from M
+    keys. The covariance term is large where the keys of an image differ along the query. It turns
+    the query to directions in which they agree.
 
     [JCL] Sigma is the biased covariance, the mean of (k - mu)(k - mu)^T. So q^T Sigma q / t^2 is
     the biased variance of the M numbers q.k_m / t, and no D x D matrix is formed.
@@ -224,20 +213,20 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # The student sees one view of an image. It must distinguish the teacher's keys of other views of
 # this image from K negatives, key means of earlier images. No label is needed.
 #
-# [MoCo] Queue: a few negatives are easy to reject and teach little, so the key means of the last K
-# images are kept. Old and new keys are comparable only if the teacher changes slowly: hence an EMA
-# decay close to 1. [our choice] With a decay of 0 the networks collapse, measured on digits: all
-# images get nearly the same embedding (mean cosine .9999), and the loss stays at log(K + 1).
+# [MoCo] Queue: a few negatives are easy to reject and teach little, so keys of the last K images
+# are kept; [JCL] their means. Old and new keys are comparable only if the teacher changes slowly:
+# hence an EMA decay close to 1. [our choice] With a decay of 0 the networks collapse, measured on
+# digits: all images get nearly the same embedding (mean cosine .9999), the loss is log(K + 1).
 # Temperature t: a low value gives most weight to the most similar negatives, which separates images
 # that look alike. A high value treats all negatives alike.
 # The loss: a student that knows nothing gives all 1 + K vectors the same probability, a loss of
 # log(K + 1). The loss starts lower, because random directions fill the queue at first and are easy
 # to reject. It rises while keys replace them, and falls when the student learns.
 # BatchNorm leakage: an embedding depends on the other images of its batch. A query and its keys
-# share these images, so the student could find its keys by this trace. MoCo shuffles the images
-# between GPUs. [our choice] Not done: an earlier version of this file with BatchNorm in shuffled
-# groups did not improve stage 1. Several GPUs use SyncBatchNorm as in MoCo v3 (arXiv 2104.02057):
-# loss and BatchNorm statistics are those of one GPU; only the random views differ.
+# share them, so the student could find its keys by this trace. MoCo shuffles the images between
+# GPUs. [our choice] Not done: BatchNorm in shuffled groups did not improve stage 1 in an earlier
+# version. Several GPUs use SyncBatchNorm as in MoCo v3 (arXiv 2104.02057): loss and statistics are
+# those of one GPU; only the random views differ.
 
 
 def pretrain(data, args):
@@ -254,9 +243,9 @@ def pretrain(data, args):
     student = build_network(args.arch, data.images.shape[1], args.dim, "mlp", imagenet).to(device)
     teacher = make_teacher(student)
     student, teacher = synchronise(student), synchronise(teacher)
-    # [authors' code] Random directions fill the queue at first. [our choice] The queue is at most
-    # as long as the training set. The order changes in each epoch, so even then some queries meet
-    # an old key of their own image; in a longer queue nearly all would.
+    # [authors' code] Random directions fill the queue at first. [our choice] It is at most as long
+    # as the training set. Even so some queries meet an old key of their own image, since the order
+    # changes in each epoch. In a longer queue nearly all would.
     length = min(args.queue, len(data.train))
     queue = F.normalize(torch.randn(length, args.dim), dim=1).to(device)  # [K, D]
     optimizer = torch.optim.SGD(
@@ -264,7 +253,7 @@ def pretrain(data, args):
     )
     steps = len(data.train) // args.batch
     require(steps, f"{len(data.train)} training images: --batch must not be larger")
-    # [plumbing] Keeps checkpoint, log and bar. Loads an earlier checkpoint into these four.
+    # [plumbing] Writes checkpoint and log. Loads an earlier checkpoint into these four.
     state = dict(student=student, teacher=teacher, optimizer=optimizer, queue=queue)
     run = Run(data, args, steps * args.batch, state)
     save_views(data, args)
@@ -296,7 +285,6 @@ def pretrain(data, args):
             ema_update(teacher, student, args.teacher_momentum)
             enqueue(queue, all_gather(keys.mean(1)))  # mean over M: [N, D]
             run.step(loss, args.batch)
-        # [plumbing] Writes checkpoint and log.
         run.finish_epoch()
     return student, teacher
 
@@ -339,8 +327,8 @@ def batches(indices, steps, size, seed, epoch):
 # change: student and teacher see two views of an image and should predict the same. The teacher
 # provides the target and is evaluated, because an average over many steps is more accurate.
 # [our choice] An epoch shows each unlabelled image about once, or more often if there are few. The
-# labelled images repeat. With a consistency weight of 0 the number of steps is the same, so that
-# runs can be compared. Then the student sees labelled images only, also in its BatchNorm.
+# labelled images repeat. With --consistency 0 the number of steps is the same, so that runs can be
+# compared. Then the student sees labelled images only, also in its BatchNorm.
 
 
 def finetune(data, args):
@@ -405,7 +393,7 @@ def finetune(data, args):
 
 
 def consistency_weight(args, epoch):
-    """[authors' code] w of an epoch: it increases, with ramp = 1 until the end, from 0.
+    """[authors' code] w of an epoch: it grows linearly from 0, with ramp = 1 until the last epoch.
 
     At first the classifier is random, and so are the teacher's predictions.
     """
@@ -416,7 +404,7 @@ def warmed_up(decay, updates):
     """[Mean Teacher] EMA decay of update 1, 2, ...: 1/2, 2/3, ... until it reaches the given one.
 
     Until then the teacher is the plain mean of its first weights and all students. It forgets the
-    untrained classifier sooner, and stage 1's teacher with it: after n steps 1 / (n + 1) is left.
+    untrained classifier sooner, and stage 1's teacher: after n steps its weight is 1 / (n + 1).
     """
     return min(1 - 1 / (updates + 1), decay)
 
@@ -522,7 +510,7 @@ def predict_batch(network, images, size):
 # Stage 2 is a blend, since their last script has no unlabelled image and no EMA. [authors' code]
 # Last script, finetune.py: size, batch, lr, betas, eps, schedule, labels, rotation; 10 epochs.
 # Older scripts, for CheXpert and ISIC2018: 30 epochs, EMA decay, consistency weight and its ramp.
-# Theirs ends a cosine there; the steps belong to the last script, which stops before the first.
+# These have a cosine. "steps" is from the last script, which stops before its first step.
 # An epoch of theirs is a pass over the labelled images. [our choice] Ours is a pass over the
 # unlabelled ones: on Chest X-ray14 about 5,300 steps, not 108; on ISIC2018 four times as many.
 # fmt: off
@@ -553,7 +541,7 @@ CXR14 = dict(
     queue=           (65536,         None,          "K, negatives; at most the training images"),
     temperature=     (0.07,          None,          "t, in units of cosine similarity"),
     lambda_=         (2.0,           None,          "lambda, weight of the covariance at the end"),
-    consistency=     (None,          1.0,           "w after its ramp, of the consistency loss"),
+    consistency=     (None,          1.0,           "w at the end of its ramp (consistency loss)"),
     ramp=            (None,          1.0,           "fraction of the epochs in which w grows"),
     labels=          (None,          0.02,          "fraction of each class, number, all, or file"),
     # The views. Stage 1: one query and M keys. Stage 2: one for each network.
@@ -927,7 +915,7 @@ def choose_labelled(data, labels, seed):
         count = math.floor(labels * len(members) + 0.5) if labels < 1 else 1
         chosen.append(members[: max(1, count)])
     chosen = np.unique(np.concatenate(chosen))
-    if labels >= 1 or labels == 0:
+    if labels >= 1 or not labels > 0:
         require(
             labels % 1 == 0 and len(chosen) <= labels <= len(pool),
             f"--labels {labels} is not from {len(chosen)}, one of each class, to {len(pool)}, "
@@ -1095,7 +1083,7 @@ def load_folder(root):
     for name in files:
         named.setdefault(identity(root / name), (name, f"{root}/{name}", unlabelled, "", ""))
     names, paths, targets, groups, parts = zip(
-        *sorted(named.values(), key=itemgetter(0)), strict=True
+        *sorted(named.values(), key=lambda row: row[0]), strict=True
     )
     targets, multilabel = whole_rows(np.array(targets, np.float32), table)
     known = ~np.isnan(targets)
@@ -1151,10 +1139,12 @@ def split_groups(names, groups, parts, labelled, table):
 
     Unlabelled images of such a group, or with the part test, are in neither part.
     """
-    if not any(parts):
-        fifth = [has and in_fifth(group) for group, has in zip(groups, labelled, strict=True)]
-        parts = np.where(fifth, "test", "").tolist()
     rows = list(zip(names, groups, parts, labelled, strict=True))
+    if not any(part for _, _, part, has in rows if has):
+        rows = [
+            (name, group, "test" if has and in_fifth(group) else part, has)
+            for name, group, part, has in rows
+        ]
     tested = {group for _, group, part, has in rows if has and part == "test"}
     result = []
     for name, group, part, has in rows:
@@ -1186,7 +1176,7 @@ def read_labels(table):
     stay on one side) and split. COLUMNS has their other names.
     """
     header, cells = read_table(table)
-    header = [COLUMNS.get(name.lower(), name) for name in header]
+    header = [COLUMNS.get(name.lower().replace(" ", "_"), name) for name in header]
     require(len({*header}) == len(header), f"{table}: two columns have one meaning: {header}")
     require("image" in header, f"{table}: needs a column image, and one for each class, or label")
     classes = [name for name in header if name not in COLUMNS]
@@ -1196,6 +1186,7 @@ def read_labels(table):
         words = [row[header.index("label")].split("|") for row in cells.values()]
         words = [{w.strip() for w in row if w.strip().lower() not in BLANK} for row in words]
         classes = sorted(set().union(*words))
+        require(len(classes) > 1, f"{table}: column label needs two or more classes, not {classes}")
     require(classes, f"{table}: needs a column for each class, or a column label that is filled")
     rows = []
     for index, (number, row) in enumerate(cells.items()):
@@ -1213,9 +1204,10 @@ def read_labels(table):
 
 def meaning(values, cell, place):
     """The value of a cell."""
-    wanted = "1, 0" if values is TARGETS else "train, test"
-    right = cell.lower() in values
-    require(right, f"{place}: {cell!r} is not {wanted} or blank; write one of them")
+    wanted = "train, test or blank; write one of them"
+    if values is TARGETS:
+        wanted = "1, 0 or blank; write one of them, or remove the column if it is no class"
+    require(cell.lower() in values, f"{place}: {cell!r} is not {wanted}")
     return values[cell.lower()]
 
 
@@ -1229,9 +1221,10 @@ def read_class_folders(names):
         require(not known or place[0] in classes, f"{name}: no folder train/{place[0]}")
         targets = [place[0] == one if known else np.nan for one in classes]
         rows.append((name, targets, "", part))
-    if not any(part == "test" and place for _, part, *place in found if len(place) > 1):
-        # Without test images a fifth is the test set.
-        rows = [(name, targets, "", "") for name, targets, *_ in rows]
+    require(len(classes) > 1, f"folder train needs two or more class folders, not {classes}")
+    if not any(part == "test" for _, part, *place in found if len(place) > 1):
+        # Without test images a fifth of the training images is the test set.
+        rows = [(name, targets, "", part.replace("train", "")) for name, targets, _, part in rows]
     return classes, rows
 
 
@@ -1249,7 +1242,8 @@ def find_images(root):
             continue
         seen.add(identity(folder))
         for path in (Path(folder, name) for name in sorted(names) if name[0] != "."):
-            ours = path.name in ("labels.csv", "views.png") or path.suffix in (".uint8", ".part")
+            at_top = path.name in ("labels.csv", "views.png") and Path(folder) == Path(root)
+            ours = at_top or path.suffix in (".uint8", ".part")
             if not ours:
                 kind = images if path.suffix.lower() in ENDINGS else others
                 kind.append(path.relative_to(root).as_posix())
@@ -1296,7 +1290,8 @@ def read_table(path):
     def header_fits(delimiter):
         """Whether the header has a column of images, and its length."""
         header = next(csv.reader(first, delimiter=delimiter), [])
-        known = any(COLUMNS.get(name.strip().lower()) == "image" for name in header)
+        names = [name.strip().lower().replace(" ", "_") for name in header]
+        known = any(COLUMNS.get(name) == "image" for name in names)
         return known, len(header)
 
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header_fits))
@@ -1434,7 +1429,7 @@ class Decoded:
         known = np.any([head["crc"] > 0 for head, _ in sources] or [[False]], axis=0)
         gone = [self.paths[index] for index in np.flatnonzero((self.stats[:, 0] < 0) & ~known)]
         there = f"{len(gone):,} of {len(self.paths):,} image files are missing, such as {gone[:1]}"
-        remedy = "add them, or for cxr14, chexpert and isic2018 use --partial"
+        remedy = "add them or correct the table; for cxr14, chexpert, isic2018 there is --partial"
         require(not gone, f"{there}; {remedy}")
         part = self.whole.with_suffix(f".{os.urandom(4).hex()}.part")
         count, length, done = len(self.paths), math.prod(self.shape[1:]), 0
@@ -1537,7 +1532,7 @@ def write_predictions(path, classes, names, scores):
     write_file(path, table.getvalue())
 
 
-def test_again(data, args):
+def retest(data, args):
     """The command evaluate: report a finetune.pt again, or probe what stage 1 learnt."""
     if args.stage == "finetune":
         saved = load_checkpoint(args.start, "finetune")
@@ -1551,7 +1546,8 @@ def test_again(data, args):
     print(f"linear probe of {args.start} with {len(labelled):,} labelled images, {args.size} px")
     print_metrics(len(targets), dict(probe=result))
     result["start"] = args.start
-    write_file(output_folder(data, args) / "probe.json", json.dumps(result, indent=1) + "\n")
+    first = f"probe-{args.start}.json" if args.start in ("scratch", "imagenet") else "probe.json"
+    write_file(output_folder(data, args) / first, json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -1630,9 +1626,9 @@ def ablate(args):
             starts[name] = f"{out}/{name}-{seed}/pretrain.pt"
         for row, words in ABLATION.items():
             for labels in args.labels:
-                folder = f"{out}/{row}-{Path(str(labels)).name}-{seed}"
+                folder = f"{row}-{Path(str(labels)).name}-{seed}".replace(" + ", "-")
                 more = dict(start=starts[row.split()[0]], labels=labels, seed=seed)
-                more["out"] = folder.replace(" + ", "-").replace(" ", "-")
+                more["out"] = f"{out}/{folder.replace(' ', '-')}"
                 result = type_command(words, args.given | more)
                 for metric in sorted(result.keys() - {"auc", "student", "start"}):
                     table[str(labels)][row].setdefault(metric, []).append(result[metric])
@@ -1666,6 +1662,17 @@ def print_ablation(table, seeds):
 
 
 # ---- 11. Runs and checkpoints [plumbing] ---------------------------------------------------------
+
+
+class UserError(Exception):
+    """An error that the user can fix. The text is one line and says what to do."""
+
+
+def require(condition, message):
+    """Raise UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
 
 # A checkpoint of another version is refused.
 VERSION = 2
@@ -1938,11 +1945,20 @@ def mixed_precision(device, amp):
     return torch.autocast(device.type, torch.bfloat16, enabled=amp)
 
 
+def keep_memory():
+    """Linux: keep freed memory for the next step. It saves filling new memory with zeros."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        # -3: M_MMAP_THRESHOLD, older versions refuse more than 32 MB. -1: M_TRIM_THRESHOLD.
+        mallopt(-3, 2**27) or mallopt(-3, 2**25)
+        mallopt(-1, -1)
+
+
 # ---- 13. Command line [plumbing] -----------------------------------------------------------------
 
 # Options that are not in the tables: default, meaning.
 OPTIONS = dict(
-    data=("digits", "digits, cxr14, chexpert, isic2018, a folder, or an .npz file"),
+    data=("digits", "digits, cxr14, chexpert, isic2018, a folder, or FILE.npz [digits]"),
     root=(None, "folder of cxr14, chexpert or isic2018 [data/NAME]"),
     cache=(None, "folder for decoded images [the folder of the data]"),
     partial=(False, "use only the image files that are there"),
@@ -2000,7 +2016,10 @@ class Parser(argparse.ArgumentParser):
 
 def file_or_number(text):
     """A type for argparse: "all", a file, a fraction below 1, or a number of images."""
-    return text if text == "all" or os.path.isfile(text) else float(text)
+    try:
+        return text if text == "all" or os.path.isfile(text) else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a file, a number or all") from None
 
 
 def option_of(name):
@@ -2016,8 +2035,12 @@ def setting(name, recipe, stage):
 
 def help_of(command, name):
     """What --help prints for an option: its meaning and, in brackets, its values."""
+    special = dict(
+        predict=dict(out="CSV file [predicted.csv]", start="a finetune.pt [newest in runs/*/]"),
+        finetune=dict(start="a pretrain.pt, scratch or imagenet [newest pretrain.pt in runs/*/]"),
+    ).get(command, {})
     if name in OPTIONS:
-        return OPTIONS[name][1]
+        return special.get(name, OPTIONS[name][1])
     recipes_of = {}
     for recipe in RECIPES:
         stage = "finetune" if command == "finetune" or name == "labels" else "pretrain"
@@ -2064,7 +2087,8 @@ def parse_args(argv=None):
             command,
             help=text,
             usage=f"python s2mts2.py {command} {shape}[options]",
-            description=f"{text}. In brackets: the value of each recipe.",
+            description=text
+            + ". In brackets: the default, for each recipe." * (command != "ablate"),
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26),
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
@@ -2209,12 +2233,18 @@ def predict(args):
     saved = load_checkpoint(args.start, "finetune")
     channels, classes, multilabel = saved["channels"], saved["classes"], saved["multilabel"]
     _, teacher = load_networks(args, channels, classes)
-    paths, skipped = {name: name for name in args.files}, []
-    if len(args.files) == 1 and os.path.isdir(args.files[0]):
-        files, skipped = find_images(args.files[0])
-        paths = {name: f"{args.files[0]}/{name}" for name in sorted(files)}
-        skipped = [f"not an image: {name}" for name in skipped]
+    paths, skipped = {}, []
+    for item in args.files:
+        if not os.path.isdir(item):
+            paths[item] = item
+            continue
+        images, others = find_images(item)
+        for name in sorted(images):
+            # Of one folder: the names below it.
+            paths[name if len(args.files) == 1 else f"{item}/{name}"] = f"{item}/{name}"
+        skipped += [f"not an image: {item}/{name}" for name in others]
     require(paths, f"{args.files[0]} has no images ({' '.join(ENDINGS)})")
+    require(not os.path.isdir(args.out), f"--out {args.out} is a folder; name a CSV file")
 
     def attempt(path):
         """The decoded image, or the error."""
@@ -2252,7 +2282,7 @@ def execute(args):
     """Run the command of args. Returns its result."""
     if args.command in ("predict", "ablate"):
         return dict(predict=predict, ablate=ablate)[args.command](args)
-    stage = dict(pretrain=pretrain, finetune=finetune, evaluate=test_again)[args.command]
+    stage = dict(pretrain=pretrain, finetune=finetune, evaluate=retest)[args.command]
     return stage(data_for(args), args)
 
 
@@ -2267,6 +2297,7 @@ def main(argv=None):
         args = parse_args(argv)
         # TF32 on GPUs: faster, and exact enough for training.
         torch.set_float32_matmul_precision("high")
+        keep_memory()
         if "TORCHELASTIC_RUN_ID" in os.environ:
             backend = "nccl" if choose_device(args.device).type == "cuda" else "gloo"
             distributed.init_process_group(backend)

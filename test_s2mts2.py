@@ -2688,6 +2688,30 @@ def class_folders(root, test=True):
     return names
 
 
+def test_an_image_in_test_without_a_class_is_not_used_if_test_has_no_classes():
+    for k in range(20):
+        shade(Path(f"pets/train/{('cat', 'dog')[k % 2]}/{k}.png"), 10 + k)
+    shade(Path("pets/test/unknown.png"), 200)
+    data = load_data("pets", size=8)
+    assert len(data.test) > 0
+    assert "test/unknown.png" not in names_of(data, data.train) + names_of(data, data.test)
+
+
+def test_class_folders_of_one_class_are_refused(capsys):
+    for k in range(4):
+        shade(Path(f"pets/train/cat/{k}.png"), 10 + k)
+    assert "two or more class folders" in error_of("pretrain --data pets", capsys)
+
+
+def test_names_of_columns_with_capitals_and_spaces():
+    rows = [
+        f"img{k}.png,{k % 2},{1 - k % 2},p{k // 2},{'yes' if k > 7 else 'no'}" for k in range(10)
+    ]
+    data = load_data(own("File Name,a,b,Patient ID,Is Test", rows), size=8)
+    assert data.classes == ["a", "b"]
+    assert names_of(data, data.test) == ["img8.png", "img9.png"]
+
+
 def test_class_folders(capsys):
     names = class_folders(Path("pets"))
     data, out = load_data("pets", size=8), capsys.readouterr().out
@@ -2940,7 +2964,11 @@ BROKEN, OWN, LABELS = "images/00000002_001.png", "b/001.png", "labels.csv"
         (folder, edit(LABELS, f"{OWN},", f"{OWN},0,"), "labels.csv: row 3 is longer or shorter"),
         (folder, edit(LABELS, new="image,a\n"), "labels.csv"),
         (folder, edit(LABELS, new="image\na/000.png\n"), "needs a column for each class"),
-        (folder, edit(LABELS, new="image,label\na/000.png,\n"), "a column label that is filled"),
+        (
+            folder,
+            edit(LABELS, new="image,label\na/000.png,\n"),
+            "column label needs two or more classes",
+        ),
         (folder, edit(LABELS, new=f"image,a\n{OWN},1\na/002.png,1\n"), "write the zeros"),
         (
             folder,
@@ -3770,6 +3798,19 @@ def trained(tiny_network):
     return names
 
 
+def test_predict_takes_several_folders(trained):
+    shade(Path("one/a.png"), 50)
+    shade(Path("two/a.png"), 60)
+    run("predict one two pets/a/000.png")
+    assert table("predicted.csv")[1] == ["one/a.png", "two/a.png", "pets/a/000.png"]
+
+
+def test_predict_refuses_a_folder_as_its_output_before_it_starts(trained, capsys):
+    Path("results").mkdir()
+    assert "--out results is a folder" in error_of("predict pets --out results", capsys)
+    assert not list(Path().glob("*.tmp"))
+
+
 def test_predict_gives_the_probabilities_of_the_test(trained):
     run("predict pets --out out/new.csv")
     header, tested, scores = table("runs/pets/predictions.csv")
@@ -3829,7 +3870,7 @@ def test_predict_counts_other_files_as_skipped(trained, capsys):
     capsys.readouterr()
     assert s2mts2.main(["predict", "new", "--out", "again.csv"]) == 2
     shown = capsys.readouterr()
-    assert "not an image: notes.txt" in shown.out
+    assert "not an image: new/notes.txt" in shown.out
     assert "error: 1 files were skipped" in shown.err
     assert table("again.csv")[1] == table("all.csv")[1] == sorted(os.listdir("new"))[1:-1]
     assert Path("again.csv").read_bytes() == Path("all.csv").read_bytes()
@@ -4614,7 +4655,9 @@ def test_evaluate_scratch_probes_the_first_weights(small_networks, capsys):
     run("evaluate scratch --data set.npz --labels 12 --size 16 --out two")
     run("evaluate scratch --data set.npz --labels 12 --size 16 --seed 1 --out three")
 
-    one, two, three = (read_json(f"{out}/probe.json") for out in ("one", "two", "three"))
+    one, two, three = (
+        read_json(next(Path(out).glob("probe-*.json"))) for out in ("one", "two", "three")
+    )
     assert one["start"] == "scratch" and 0 < one["accuracy"] < 1
     assert one == two and one != three
     assert small_networks[0]["imagenet"] is False
@@ -4780,6 +4823,34 @@ def ablation_folder(tmp_path_factory):
     return path
 
 
+def test_the_ablation_keeps_a_folder_with_spaces(monkeypatch, small_networks):
+    monkeypatch.setattr(s2mts2, "load_data", load_made)
+    words = [
+        "ablate",
+        "--seeds",
+        "2",
+        "--epochs",
+        "1",
+        "--batch",
+        "8",
+        "--labels",
+        "6",
+        "--size",
+        "16",
+        "--out",
+    ]
+    assert s2mts2.main([*words, "my runs"]) == 0
+    assert not Path("my-runs").exists()
+    assert len(list(Path("my runs").iterdir())) == 1 + 2 * (2 + len(s2mts2.ABLATION))
+
+
+@pytest.mark.parametrize("labels", ["-1", "nan", "0"])
+def test_the_ablation_refuses_numbers_of_labels_before_its_first_run(labels, monkeypatch, capsys):
+    monkeypatch.setattr(s2mts2, "load_data", load_made)
+    monkeypatch.setattr(s2mts2, "pretrain", None)
+    assert "--labels" in error_of(f"ablate --labels 6 {labels} --size 16", capsys)
+
+
 @pytest.fixture
 def ablation(ablation_folder, monkeypatch, small_networks):
     """The table of the ablation, in whose folder the test runs."""
@@ -4805,7 +4876,7 @@ def test_the_ablation_has_a_row_for_each_ingredient(ablation, capsys):
             start, stage_2 = row.split(" + ")
             out = Path(f"out/{start}-{stage_2.replace(' ', '-')}-{labels}-{seed}")
             probe = stage_2 == "probe"
-            result = read_json(out / ("probe.json" if probe else "metrics.json"))
+            result = read_json(*out.glob("probe*.json" if probe else "metrics.json"))
             for name in ("accuracy", "mean_auc", "macro_f1"):
                 assert rows[row][name][seed] == result[name]
             assert "auc" not in rows[row] and "student" not in rows[row]
