@@ -3151,6 +3151,12 @@ def test_a_number_of_labels_is_exact_with_one_of_each_class(number):
         assert {*choose_labelled(data, 4, seed)} <= {*chosen}
 
 
+@pytest.mark.parametrize("number", [0, 1, 2, 1.5, -3, float("nan")])
+def test_a_number_of_labels_below_the_number_of_classes_is_refused(number):
+    with pytest.raises(UserError, match="is not from"):
+        choose_labelled(long_tailed(), number, 0)
+
+
 def test_a_number_of_labels_takes_further_images_at_random():
     data = long_tailed()
     counts = np.mean(
@@ -4825,20 +4831,7 @@ def ablation_folder(tmp_path_factory):
 
 def test_the_ablation_keeps_a_folder_with_spaces(monkeypatch, small_networks):
     monkeypatch.setattr(s2mts2, "load_data", load_made)
-    words = [
-        "ablate",
-        "--seeds",
-        "2",
-        "--epochs",
-        "1",
-        "--batch",
-        "8",
-        "--labels",
-        "6",
-        "--size",
-        "16",
-        "--out",
-    ]
+    words = ABLATE.replace("--labels 6 9", "--labels 6").split()[:-1]
     assert s2mts2.main([*words, "my runs"]) == 0
     assert not Path("my-runs").exists()
     assert len(list(Path("my runs").iterdir())) == 1 + 2 * (2 + len(s2mts2.ABLATION))
