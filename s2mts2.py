@@ -1453,7 +1453,9 @@ class Decoded:
         finally:
             # Files of which all rows are in ours.
             for path in [path for path, (head, _) in parts.items() if not head["crc"][done:].any()]:
-                path.unlink(missing_ok=True)
+                # Windows refuses while the file is mapped.
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 # ---- 10. Reports and ablation --------------------------------------------------------------------
