@@ -1659,6 +1659,14 @@ def test_jitter_of_grey_images_goes_up_and_down():
     assert 0.599 < level.min() < 0.63 and 1.37 < level.max() < 1.401
 
 
+def test_the_kernel_of_the_blur_reaches_three_standard_deviations():
+    dot = torch.zeros(1, 1, 31, 31)
+    dot[0, 0, 15, 15] = 1
+    blurred = s2mts2.gaussian_blur(dot, torch.tensor([1.5]), 1.5)[0, 0, 15]
+    # ceil(4.5) pixels on each side.
+    assert blurred.nonzero().flatten().tolist() == list(range(10, 21))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_blur_agrees_with_torchvision(channels):
     images, sigma = torch.rand(3, channels, 48, 40), torch.Tensor([0.1, 1.0, 2.0])
