@@ -582,9 +582,9 @@ RECIPES = dict(
         finetune=dict(
             size=224, epochs=80, schedule="cosine", labels=0.2, rotate=10.0, vertical_flip_p=0.5)),
     # [our choice] Chosen on held-out training images, but after an earlier recipe was seen on the
-    # test images; see README, Results. Not better on held-out images, accuracy of pairs of seeds:
-    # stage 2 from the probe's classifier, -.03 (5 pairs), with w at its full value from the first
-    # epoch -.38 (5 pairs); no warm-up of the EMA, -.03 (4 pairs).
+    # test images; see README, Results. Not better on held-out images, accuracy of 8 pairs of seeds
+    # (standard error): stage 2 from the probe's classifier -.022 (.011), with w at its full value
+    # from the first epoch -.383 (.032); no warm-up of the EMA -.014 (.009, 8 pairs).
     digits=dict(
         pretrain=dict(
             arch="tiny", init="random", size=32, epochs=45, batch=64, lr=0.06,
