@@ -584,7 +584,7 @@ RECIPES = dict(
     # [our choice] Chosen on held-out training images, but after an earlier recipe was seen on the
     # test images; see README, Results. Not better on held-out images, accuracy of 8 pairs of seeds
     # (standard error): stage 2 from the probe's classifier -.022 (.011), with w at its full value
-    # from the first epoch -.383 (.032); no warm-up of the EMA -.014 (.009, 8 pairs).
+    # from the first epoch -.383 (.032); no warm-up of the EMA -.014 (.009).
     digits=dict(
         pretrain=dict(
             arch="tiny", init="random", size=32, epochs=45, batch=64, lr=0.06,
