@@ -2013,6 +2013,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are UserErrors, one line each."""
 
     def error(self, message):
+        """Raise UserError. Called by argparse."""
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
