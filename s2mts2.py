@@ -65,6 +65,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 import zlib
@@ -838,7 +839,8 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
     partial    bool: use only the image files that are there
     Raises UserError if a file is missing or wrong.
     """
-    loaders = dict(cxr14=load_cxr14, chexpert=load_chexpert, isic2018=load_isic2018)
+    loaders = dict(cxr14=load_cxr14, isic2018=load_isic2018)
+    loaders["chexpert"] = lambda root: load_chexpert(root, uncertain)
     root = Path(root or f"data/{name}") if name in loaders else Path(name)
     try:
         if name == "digits":
@@ -847,21 +849,18 @@ def load_data(name, root=None, size=64, cache=None, uncertain="zeros", partial=F
             data = load_npz(root)
         else:
             rows, classes, channels, multilabel = loaders.get(name, load_folder)(root)
-            rows = [row for row in rows if not partial or os.path.exists(row[1])]
+            rows = [row for row in rows if not partial or os.path.exists(row.path)]
             require(rows, f"no image file of {name} is in {root}")
-            names, paths, parts, targets = zip(*rows, strict=True)
-            parts, targets = np.array(parts), np.array(targets, np.float32)
-            unsure, in_test = targets == -1, parts[:, None] == "test"
-            targets[unsure] = dict(zeros=0, ones=1, ignore=np.nan)[uncertain]
-            targets[unsure & in_test & np.isnan(targets)] = 0
+            names, paths = [row.name for row in rows], [row.path for row in rows]
+            targets, parts = [row.targets for row in rows], np.array([row.part for row in rows])
             train, test = np.flatnonzero(parts == "train"), np.flatnonzero(parts == "test")
+            channels = channels or count_channels(paths)
+            # Images that need no memory: first all other parts are checked.
+            images = np.broadcast_to(np.uint8(0), (len(rows), channels, size, size))
+            data = Data(title_of(name), images, targets, classes, names, train, test, multilabel)
             # Two folders may have files of the same names.
             folder = Path(cache, *root.resolve().parts[1:]) if cache else root
-            channels = channels or count_channels(names, paths, size, folder)
-            # Images that need no memory: first all other parts are checked.
-            images = np.broadcast_to(np.uint8(0), (len(names), channels, size, size))
-            data = Data(title_of(name), images, targets, classes, names, train, test, multilabel)
-            data.images = Decoded(names, paths, size, channels, folder).load()
+            data.images = load_images(names, paths, size, channels, folder)
     except UserError:
         raise
     except Exception as error:
@@ -946,19 +945,18 @@ def load_npz(path):
     # Not with allow_pickle: object arrays could run code.
     with np.load(path) as file:
         for part in ("train", "val", "test"):
-            keys = f"{part}_images", f"{part}_labels"
+            keys = [f"{part}_images", f"{part}_labels"]
             gone = [key for key in keys if key not in file]
             require(not gone, f"{path}: {gone} is missing; it needs images and labels of each part")
             x, y = (file[key] for key in keys)
-            for right, rule in (
-                (x.dtype == np.uint8, "images must be uint8, 0 to 255"),
-                (x.ndim == 3 or x.shape[3:] in ((1,), (3,)), "images must be 2D: [n, side, side]"),
-                (len(x) == len(y), "images and labels must have the same n"),
-                (y.dtype.kind in "iu", "labels must be integers"),
-                (y.ndim in (1, 2), "labels must be [n, 1] class numbers or [n, K] of 0 and 1"),
-            ):
-                there = f"{keys[0]} is {x.dtype} {x.shape}, {keys[1]} is {y.dtype} {y.shape}"
-                require(right, f"{path}: {there}; {rule}")
+            right_x = x.dtype == np.uint8 and (x.ndim == 3 or x.shape[3:] in ((1,), (3,)))
+            right_y = y.dtype.kind in "iu" and y.ndim in (1, 2) and len(x) == len(y)
+            require(
+                right_x and right_y,
+                f"{path}: {keys[0]} is {x.dtype} {x.shape}, {keys[1]} is {y.dtype} {y.shape}; "
+                "images must be 2D and uint8, 0 to 255: [n, side, side] or [n, side, side, 3]; "
+                "labels integers with the same n: class numbers [n, 1], or 0 and 1 [n, K]",
+            )
             images.append(x.reshape(*x.shape[:3], -1))
             labels.append(y.reshape(len(y), -1).astype(np.int64))
     first_test = len(labels[0]) + len(labels[1])
@@ -976,9 +974,21 @@ def load_npz(path):
     return Data(title_of(path), images, targets, classes, names, train, test, multilabel)
 
 
-# The loaders of image files return (rows, classes, channels, multilabel). A row is an image:
-# (name, path, part, targets). part is train, test, or "" (not used). A target is 0, 1, NaN (not
-# known) or -1 (uncertain, CheXpert only).
+@dataclass
+class Row:
+    """An image file, as a loader finds it. A loader returns (rows, classes, channels, multilabel).
+
+    targets  0, 1 or NaN (not known) for each class
+    part     train, test, or "": not used, or not given in a folder
+    group    of a folder: images of one group stay on one side of the split
+    """
+
+    name: str
+    path: str
+    targets: list
+    part: str
+    group: str = ""
+
 
 # fmt: off
 CXR14_CLASSES = [
@@ -1010,11 +1020,11 @@ def load_cxr14(root):
             require(name in findings, f"{table}: no row for {name}, which is in {names}")
             targets = sum(target_of[label] for label in findings[name].split("|"))
             path = path_of.get(name) or path_of.get(os.path.splitext(name)[0])
-            rows.append((name, path or f"{folders[0]}/{name}", part, targets))
+            rows.append(Row(name, path or f"{folders[0]}/{name}", targets, part))
     return rows, CXR14_CLASSES, 1, True
 
 
-def load_chexpert(root):
+def load_chexpert(root, uncertain):
     """CheXpert: 14 observations, all images of train.csv. 70 % of the patients train, 20 % test.
 
     [our choice] 10 % are in neither part, for tuning. A blank is negative. For -1 the CheXpert
@@ -1027,15 +1037,16 @@ def load_chexpert(root):
     folder_of = {
         patient: folder for folder in folders if folder.is_dir() for patient in os.listdir(folder)
     }
-    value, rows = {"": 0, "0.0": 0, "1.0": 1, "-1.0": -1}, []
+    value, rows = {"": 0, "0.0": 0, "1.0": 1}, []
     for path, *others in cells.values():
         # The path starts with the name of the archive; the patient comes after "train".
         name = path.partition("/")[2]
         patient, _, rest = name.partition("/")[2].partition("/")
         tenth = zlib.crc32(patient.encode()) % 10
         part = "test" if tenth < 2 else "" if tenth == 2 else "train"
+        value["-1.0"] = dict(zeros=0, ones=1, ignore=0 if part == "test" else np.nan)[uncertain]
         path = f"{folder_of.get(patient, folders[0])}/{patient}/{rest}"
-        rows.append((name, path, part, [value[cell] for cell in others[4:]]))
+        rows.append(Row(name, path, [value[cell] for cell in others[4:]], part))
     return rows, header[5:], 1, True
 
 
@@ -1049,8 +1060,11 @@ def load_isic2018(root):
     rows = []
     for name, *targets in cells.values():
         part = "test" if in_fifth(lesion.get(name, name)) else "train"
-        rows.append((name, f"{root}/{prefix}Input/{name}.jpg", part, list(map(float, targets))))
-    alone, test = sum(row[0] not in lesion for row in rows), sum(row[2] == "test" for row in rows)
+        rows.append(Row(name, f"{root}/{prefix}Input/{name}.jpg", list(map(float, targets)), part))
+    alone, test = (
+        sum(row.name not in lesion for row in rows),
+        sum(row.part == "test" for row in rows),
+    )
     if alone:
         most = min(alone, test, len(rows) - test)
         print(
@@ -1074,87 +1088,82 @@ def load_folder(root):
     if endings:
         print("left out, not images:", ", ".join(f"{n} {end}" for end, n in endings.items()))
     if table.exists():
-        classes, entries = read_labels(table)
+        classes, rows = read_labels(table)
     else:
         require((root / "train").is_dir(), f"{root}: no labels.csv and no folder train")
-        classes, entries = read_class_folders(files)
-    named = name_files(root, table, files, entries)
-    unlabelled = [np.nan] * len(classes)
-    for name in files:
-        named.setdefault(identity(root / name), (name, f"{root}/{name}", unlabelled, "", ""))
-    names, paths, targets, groups, parts = zip(
-        *sorted(named.values(), key=lambda row: row[0]), strict=True
-    )
-    targets, multilabel = whole_rows(np.array(targets, np.float32), table)
-    known = ~np.isnan(targets)
-    labelled = known.any(1) if multilabel else known.all(1)
-    groups = [group or name for group, name in zip(groups, names, strict=True)]
-    parts = split_groups(names, groups, parts, labelled, table)
-    return list(zip(names, paths, parts, targets, strict=True)), classes, None, multilabel
+        classes, rows = read_class_folders(files)
+    rows = find_files(rows, root, files, table, classes)
+    multilabel = choose_task(rows, table)
+    split_groups(rows, table)
+    return rows, classes, None, multilabel
 
 
-def name_files(root, table, files, entries):
-    """Find the file of each row of the table. Returns {identity: (name, path, ...)}.
+def find_files(rows, root, files, table, classes):
+    """Find the file of each row, and add a row for each other file, unlabelled. Sorted by name.
 
     A file can have several names: upper and lower case, a/../b, a link. So files are compared, not
     names, and two rows of one file raise an error.
     """
-    lower, named = {name.lower(): name for name in files}, {}
-    for name, *entry in entries:
-        path = root / name.replace("\\", "/")
+    in_lower_case, found = {name.lower(): name for name in files}, {}
+    for row in rows:
+        path = root / row.name.replace("\\", "/")
         if not path.exists():
             other = os.path.relpath(path, root).replace("\\", "/").lower()
-            path = root / lower.get(other, name)
-        key = identity(path)
-        first = named.setdefault(key, (name, str(path), *entry))
-        require(first[2] is entry[0], f"{table}: {first[0]} and {name} are one file, there twice")
-    return named
+            path = root / in_lower_case.get(other, row.name)
+        row.path = str(path)
+        first = found.setdefault(identity(path), row)
+        require(first is row, f"{table}: {first.name} and {row.name} are one file, there twice")
+    for name in files:
+        unlabelled = Row(name, f"{root}/{name}", [np.nan] * len(classes), "")
+        found.setdefault(identity(root / name), unlabelled)
+    return sorted(found.values(), key=lambda row: row.name)
 
 
-def whole_rows(targets, table):
-    """Decide between multi-label and multi-class. Returns (targets [n, C], multilabel).
+def choose_task(rows, table):
+    """Whether the task is multi-label. Multi-class: targets become completely known or unknown.
 
     Multi-class: each completely known row has exactly one 1, and no row has two. There a row with
     one 1 and blanks is that class; a row of zeros and blanks is of no use, it becomes unlabelled.
     """
-    require(
-        (targets == 0).any(),
-        f"{table}: no 0 in it; write the zeros of each class, a blank is not a 0",
-    )
+    targets = np.array([row.targets for row in rows], np.float32)
+    remedy = "write the zeros of each class, a blank is not a 0"
+    require((targets == 0).any(), f"{table}: no 0 in it; {remedy}")
     ones, known = (targets == 1).sum(1), ~np.isnan(targets)
     complete = known.all(1)
     one_hot = complete.any() and (ones[complete] == 1).all() and ones.max() == 1
     if targets.shape[1] == 1 or not one_hot:
-        return targets, True
+        return True
     targets[ones == 1] = np.nan_to_num(targets[ones == 1])
     useless = known.any(1) & (ones == 0)
     targets[useless] = np.nan
     if useless.any():
         print(f"warning: {table}: {useless.sum()} rows have zeros and blanks, but no 1: unlabelled")
-    return targets, False
+    for row, values in zip(rows, targets, strict=True):
+        row.targets = values
+    return False
 
 
-def split_groups(names, groups, parts, labelled, table):
-    """The part of each image: train, test or "". A group with a labelled test image is in test.
+def split_groups(rows, table):
+    """Set the part of each row. A group with a labelled test image is in test.
 
     Unlabelled images of such a group, or with the part test, are in neither part.
     """
-    rows = list(zip(names, groups, parts, labelled, strict=True))
-    if not any(part for _, _, part, has in rows if has):
-        rows = [
-            (name, group, "test" if has and in_fifth(group) else part, has)
-            for name, group, part, has in rows
-        ]
-    tested = {group for _, group, part, has in rows if has and part == "test"}
-    result = []
-    for name, group, part, has in rows:
-        side = "test" if group in tested else "train"
-        if not has and "test" in (side, part):
-            side = ""
-        fits = part in ("", side) or not side
-        require(fits, f"{table}: group {group} is in train and in test; see {name}")
-        result.append(side)
-    return result
+    labelled = {row.name for row in rows if not np.isnan(row.targets).all()}
+    for row in rows:
+        row.group = row.group or row.name
+    if not any(row.part for row in rows if row.name in labelled):
+        for row in rows:
+            if row.name in labelled and in_fifth(row.group):
+                row.part = "test"
+    tested = {row.group for row in rows if row.name in labelled and row.part == "test"}
+    for row in rows:
+        side = "test" if row.group in tested else "train"
+        if row.name not in labelled and "test" in (side, row.part):
+            row.part = ""
+            continue
+        fits = row.part in ("", side)
+        require(fits, f"{table}: group {row.group} is in train and in test; see {row.name}")
+        row.part = side
 
 
 # What the names of columns and the cells of labels.csv mean, in lower case.
@@ -1168,63 +1177,70 @@ PARTS = dict.fromkeys((*YES, "test"), "test") | dict.fromkeys((*NO, "train"), "t
 PARTS |= dict.fromkeys(BLANK, "")
 
 
+def column_of(name):
+    """The meaning of a column of labels.csv; the name itself if it is a class."""
+    return COLUMNS.get(name.lower().replace(" ", "_"), name)
+
+
 def read_labels(table):
-    """Read labels.csv. Returns its classes and rows (image, targets, group, part).
+    """Read labels.csv. Returns its classes and rows, without their paths.
 
     Columns: image; either one for each class, with 1, 0 or blank = not known, or one column label
     with the name of the class, or of several joined by |; if wanted, group (images of one group
     stay on one side) and split. COLUMNS has their other names.
     """
     header, cells = read_table(table)
-    header = [COLUMNS.get(name.lower().replace(" ", "_"), name) for name in header]
+    header = list(map(column_of, header))
     require(len({*header}) == len(header), f"{table}: two columns have one meaning: {header}")
     require("image" in header, f"{table}: needs a column image, and one for each class, or label")
-    classes = [name for name in header if name not in COLUMNS]
+    classes, words = [name for name in header if name not in COLUMNS], {}
     if "label" in header:
         if classes:
             print(f"{table}: columns not read: {', '.join(classes)}")
-        words = [row[header.index("label")].split("|") for row in cells.values()]
-        words = [{w.strip() for w in row if w.strip().lower() not in BLANK} for row in words]
-        classes = sorted(set().union(*words))
+        for number, row in cells.items():
+            parts = [part.strip() for part in row[header.index("label")].split("|")]
+            words[number] = {part for part in parts if part.lower() not in BLANK}
+        classes = sorted(set().union(*words.values()))
         require(len(classes) > 1, f"{table}: column label needs two or more classes, not {classes}")
     require(classes, f"{table}: needs a column for each class, or a column label that is filled")
+
+    def meaning(values, column, wanted):
+        """The meaning of a cell of the present row."""
+        cell, place = (
+            row.get(column, ""),
+            f"{table}, row {number} ({row['image']}), column {column}",
+        )
+        require(cell.lower() in values, f"{place}: {cell!r} is not {wanted}")
+        return values[cell.lower()]
+
     rows = []
-    for index, (number, row) in enumerate(cells.items()):
+    for number, row in cells.items():
         row = dict(zip(header, row, strict=True))
-        place = f"{table}, row {number} ({row['image']}), column "
-        require(row["image"], f"{place}image: it is blank")
-        if "label" in header:
-            targets = [name in words[index] if words[index] else np.nan for name in classes]
+        require(row["image"], f"{table}, row {number}, column image: it is blank")
+        if words:
+            targets = [name in words[number] if words[number] else np.nan for name in classes]
         else:
-            targets = [meaning(TARGETS, row[name], place + name) for name in classes]
-        part = meaning(PARTS, row.get("split", ""), f"{place}split")
-        rows.append((row["image"], targets, row.get("group", ""), part))
+            wanted = "1, 0 or blank; write one of them, or remove the column if it is no class"
+            targets = [meaning(TARGETS, name, wanted) for name in classes]
+        part = meaning(PARTS, "split", "train, test or blank; write one of them")
+        rows.append(Row(row["image"], "", targets, part, row.get("group", "")))
     return classes, rows
 
 
-def meaning(values, cell, place):
-    """The value of a cell."""
-    wanted = "train, test or blank; write one of them"
-    if values is TARGETS:
-        wanted = "1, 0 or blank; write one of them, or remove the column if it is no class"
-    require(cell.lower() in values, f"{place}: {cell!r} is not {wanted}")
-    return values[cell.lower()]
-
-
-def read_class_folders(names):
-    """Classes and rows (image, targets, group, part) of files train/<class>/x.png and test/..."""
-    found = [(name, *name.split("/")) for name in names if name.split("/")[0] in ("train", "test")]
-    classes = sorted({place[1] for _, *place in found if place[0] == "train" and len(place) > 2})
+def read_class_folders(files):
+    """Classes and rows, without their paths, of files train/<class>/... and test/<class>/..."""
+    inside = [name for name in files if name.startswith(("train/", "test/"))]
+    class_of = {name: name.split("/")[1] for name in inside if name.count("/") > 1}
+    classes = sorted({one for name, one in class_of.items() if name.startswith("train/")})
+    # Without labelled test images a fifth of the training images is the test set.
+    has_test = any(name.startswith("test/") for name in class_of)
     rows = []
-    for name, part, *place in found:
-        known = len(place) > 1
-        require(not known or place[0] in classes, f"{name}: no folder train/{place[0]}")
-        targets = [place[0] == one if known else np.nan for one in classes]
-        rows.append((name, targets, "", part))
+    for name in inside:
+        own, part = class_of.get(name), name.split("/")[0]
+        require(own is None or own in classes, f"{name}: no folder train/{own}")
+        targets = [one == own if own else np.nan for one in classes]
+        rows.append(Row(name, "", targets, part if has_test or part == "test" else ""))
     require(len(classes) > 1, f"folder train needs two or more class folders, not {classes}")
-    if not any(part == "test" for _, part, *place in found if len(place) > 1):
-        # Without test images a fifth of the training images is the test set.
-        rows = [(name, targets, "", part.replace("train", "")) for name, targets, _, part in rows]
     return classes, rows
 
 
@@ -1243,8 +1259,7 @@ def find_images(root):
         seen.add(identity(folder))
         for path in (Path(folder, name) for name in sorted(names) if name[0] != "."):
             at_top = path.name in ("labels.csv", "views.png") and Path(folder) == Path(root)
-            ours = at_top or path.suffix in (".uint8", ".part")
-            if not ours:
+            if not at_top and path.suffix not in (".uint8", ".part"):
                 kind = images if path.suffix.lower() in ENDINGS else others
                 kind.append(path.relative_to(root).as_posix())
     return images, others
@@ -1285,16 +1300,12 @@ def read_table(path):
     Empty rows are left out. Raises UserError if a row is longer or shorter than the header.
     """
     text = read_text(path)
-    first = [next(filter(str.strip, text.splitlines()), "")]
-
-    def header_fits(delimiter):
-        """Whether the header has a column of images, and its length."""
-        header = next(csv.reader(first, delimiter=delimiter), [])
-        names = [name.strip().lower().replace(" ", "_") for name in header]
-        known = any(COLUMNS.get(name) == "image" for name in names)
-        return known, len(header)
-
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header_fits))
+    first = next(filter(str.strip, text.splitlines()), "")
+    # A name of a class may have other delimiters in it.
+    delimiter = max(
+        ",;\t", key=lambda each: ("image" in map(column_of, first.split(each)), first.count(each))
+    )
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     table = {}
     for row in reader:
         if any(map(str.strip, row)):
@@ -1340,6 +1351,15 @@ def decode(path, size, channels):
         return np.stack(upright.resize(square, Image.BILINEAR).split())
 
 
+def count_channels(paths):
+    """1 if all images are grey, else 3."""
+    for path in filter(os.path.exists, paths):
+        with open_image(path) as image:
+            if image.mode not in ("1", "L", "LA"):
+                return 3
+    return 1
+
+
 def stat_of(path):
     """Size and time of the last change of a file; -1 twice if it is not there."""
     try:
@@ -1349,113 +1369,86 @@ def stat_of(path):
     return found.st_size, found.st_mtime_ns
 
 
-def count_channels(names, paths, size, cache):
-    """1 if all images are grey, else 3. If they were decoded before, it is known."""
-    for channels in (1, 3):
-        if Decoded(names, paths, size, channels, cache).open() is not None:
-            return channels
-    for path in filter(os.path.exists, paths):
-        with open_image(path) as image:
-            if image.mode not in ("1", "L", "LA"):
-                return 3
-    return 1
+# The row of an image in a file of decoded images: size and time of the image file when it was
+# decoded, and the CRC-32 of its pixels.
+HEAD = np.dtype([("stat", "<i8", (2,)), ("crc", "<u4")])
 
 
-class Decoded:
-    """The decoded images of a data set, in one file, with what they were made from.
+def load_images(names, paths, size, channels, folder):
+    """The decoded images, uint8 [n, channels, size, size], memory-mapped from a file in a folder.
 
-    The file starts with a row for each image: size and time of the image file, and the CRC-32 of
-    its pixels. Then come the pixels. Each process writes a file of its own, *.part, and renames it
-    to *.uint8 when it is complete, so two processes do not disturb each other. What a killed
-    process leaves is used: an image counts if its file is unchanged and its CRC-32 is right.
+    The file has a row of HEAD for each image, then the pixels. Images that are not in it yet, or
+    whose files have changed, are decoded. So a stopped decoding goes on, and the image files may
+    be removed afterwards.
     """
+    key = zlib.crc32("\0".join(names).encode("utf-8", "surrogateescape"))
+    file = Path(folder, f"{size}px-{channels}-{key:08x}.uint8")
+    shape = (len(paths), channels, size, size)
+    while True:
+        stats = np.array([stat_of(path) for path in paths])
+        head = np.zeros(len(paths), HEAD)
+        if stat_of(file)[0] == head.nbytes + math.prod(shape):
+            head = np.fromfile(file, HEAD, len(paths))
+        done = head["stat"][:, 0] > 0
+        changed = done & (stats[:, 0] >= 0) & (head["stat"] != stats).any(1)
+        if done.all() and not changed.any():
+            pixels = np.memmap(file, np.uint8, "r", head.nbytes, shape)
+            # checksum_of takes them, so that it need not read all pixels.
+            pixels.crc = head["crc"]
+            return pixels
+        # Of several processes the first decodes, and the others wait.
+        if RANK == 0:
+            decode_to(file, paths, shape, stats, head, done & ~changed)
+        time.sleep(RANK > 0)
 
-    HEAD = np.dtype([("stat", "<i8", (2,)), ("crc", "<u4")])
 
-    def __init__(self, names, paths, size, channels, cache):
-        key = zlib.crc32("\0".join(names).encode("utf-8", "surrogateescape"))
-        self.whole = Path(cache, f"{size}px-{channels}-{key:08x}.uint8")
-        self.paths, self.shape = paths, (len(paths), channels, size, size)
+def decode_to(file, paths, shape, stats, head, done):
+    """Decode the images that are not done, and write pixels and heads to the file.
 
-    def read(self, path):
-        """Head and pixels of a file, memory-mapped. No rows if it has not the right length."""
-        first = len(self.paths) * self.HEAD.itemsize
-        if stat_of(path)[0] != first + math.prod(self.shape):
-            return np.empty(0, self.HEAD), None
-        head = np.memmap(path, self.HEAD, "r", shape=self.shape[:1])
-        return head, np.memmap(path, np.uint8, "r", first, self.shape)
+    Two processes may do so at the same time: both write the same. Raises UserError if an image file
+    is missing, broken, or changes meanwhile.
+    """
+    gone = [paths[index] for index in np.flatnonzero(~done & (stats[:, 0] < 0))]
+    there = f"{len(gone):,} of {len(paths):,} image files are missing, such as {gone[:1]}"
+    remedy = "add them or correct the table; for cxr14, chexpert, isic2018 there is --partial"
+    require(not gone, f"{there}; {remedy}")
+    length = math.prod(shape[1:])
+    total = head.nbytes + len(paths) * length
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if (head["stat"][~done] > 0).any():
+        print(f"images have changed since they were decoded to {file}: decoded again")
+        # In a copy: another process may be training on the old pixels.
+        copied = file.with_suffix(f".{os.urandom(4).hex()}.part")
+        shutil.copyfile(file, copied)
+        os.replace(copied, file)
+    if stat_of(file)[0] != total:
+        file.unlink(missing_ok=True)
+        file.touch()
 
-    def open(self):
-        """The pixels, uint8 [n, channels, size, size], or None if they must be decoded."""
-        self.stats = np.array([stat_of(path) for path in self.paths])
-        head, pixels = self.read(self.whole)
-        if len(head) == 0 or ((head["stat"] != self.stats) & (self.stats >= 0)).any():
-            return None
-        # checksum_of takes them, so that it need not read all pixels.
-        pixels.crc = head["crc"]
+    def attempt(index):
+        """The pixels of an image whose file did not change meanwhile."""
+        pixels = decode(paths[index], *shape[2:0:-1]).tobytes()
+        unchanged = stat_of(paths[index]) == tuple(stats[index])
+        require(unchanged, f"image {paths[index]} changed while it was read; run this again")
         return pixels
 
-    def load(self):
-        """The pixels. Of several processes the first decodes, and the others wait."""
-        while (pixels := self.open()) is None:
-            if RANK == 0:
-                self.write()
-            time.sleep(RANK > 0)
-        return pixels
-
-    def row(self, index, sources):
-        """Head and pixels of an image: from the sources if one has it, else decoded.
-
-        Raises UserError if the image file is missing, broken, or changes meanwhile.
-        """
-        path = self.paths[index]
-        for head, pixels in sources:
-            same = (head["stat"][index] == self.stats[index]).all() or self.stats[index, 0] < 0
-            if same and zlib.crc32(pixels[index]) == head["crc"][index]:
-                return head[index].item(), pixels[index].tobytes()
-        stat, pixels = stat_of(path), decode(path, *self.shape[2:0:-1]).tobytes()
-        require(stat == stat_of(path), f"image {path} changed while it was read; run this again")
-        return (stat, zlib.crc32(pixels)), pixels
-
-    def write(self):
-        """Decode all images to a file of this process, and rename it."""
-        self.whole.parent.mkdir(parents=True, exist_ok=True)
-        parts = {
-            path: self.read(path) for path in self.whole.parent.glob(f"{self.whole.stem}.*.part")
-        }
-        sources = [each for each in [self.read(self.whole), *parts.values()] if len(each[0])]
-        if self.whole.exists():
-            print(f"images have changed since they were decoded to {self.whole}: decoded again")
-        known = np.any([head["crc"] > 0 for head, _ in sources] or [[False]], axis=0)
-        gone = [self.paths[index] for index in np.flatnonzero((self.stats[:, 0] < 0) & ~known)]
-        there = f"{len(gone):,} of {len(self.paths):,} image files are missing, such as {gone[:1]}"
-        remedy = "add them or correct the table; for cxr14, chexpert, isic2018 there is --partial"
-        require(not gone, f"{there}; {remedy}")
-        part = self.whole.with_suffix(f".{os.urandom(4).hex()}.part")
-        count, length, done = len(self.paths), math.prod(self.shape[1:]), 0
-        bar = tqdm(total=count, desc="decode", unit="image")
-        try:
-            with open(part, "xb") as stream, ThreadPoolExecutor() as pool, bar:
-                stream.truncate(count * (self.HEAD.itemsize + length))
-                for start in range(0, count, 64):
-                    block = range(start, min(start + 64, count))
-                    rows = list(pool.map(lambda index: self.row(index, sources), block))
+    with open(file, "r+b") as stream, ThreadPoolExecutor() as pool:
+        stream.truncate(total)
+        for index in np.flatnonzero(done):
+            # After a power failure pixels can be missing.
+            stream.seek(head.nbytes + index * length)
+            done[index] = zlib.crc32(stream.read(length)) == head["crc"][index]
+        todo = np.flatnonzero(~done)
+        with tqdm(total=len(todo), desc="decode", unit="image") as bar:
+            for block in np.split(todo, range(64, len(todo), 64)):
+                for index, pixels in zip(block, pool.map(attempt, block), strict=True):
                     # The pixels first: a process killed here leaves no head without pixels.
-                    stream.seek(count * self.HEAD.itemsize + start * length)
-                    stream.writelines(pixels for _, pixels in rows)
-                    stream.seek(start * self.HEAD.itemsize)
-                    stream.write(np.array([head for head, _ in rows], self.HEAD).tobytes())
-                    done = block.stop
-                    bar.update(len(block))
-            # Another process that finished first may have removed it.
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(part, self.whole)
-        finally:
-            # Files of which all rows are in ours.
-            for path in [path for path, (head, _) in parts.items() if not head["crc"][done:].any()]:
-                # Windows refuses while the file is mapped.
-                with contextlib.suppress(OSError):
-                    path.unlink()
+                    stream.seek(head.nbytes + index * length)
+                    stream.write(pixels)
+                    head[index] = stats[index], zlib.crc32(pixels)
+                    stream.seek(index * HEAD.itemsize)
+                    stream.write(head[index].tobytes())
+                    bar.update()
 
 
 # ---- 10. Reports and ablation --------------------------------------------------------------------
