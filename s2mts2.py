@@ -1959,47 +1959,43 @@ OPTIONS = dict(
     partial=(False, "use only the image files that are there"),
     uncertain=("zeros", "-1 of CheXpert: zeros, ones or ignore [zeros]"),
     recipe=(None, f"{', '.join(RECIPES)} [that of the data; small for others]"),
-    out=(None, "folder for results [runs/NAME, or that of the checkpoint]"),
+    out=(None, "folder for results [runs/NAME, or that of the checkpoint]; predict: CSV file"),
     fresh=(False, "start over: remove the results of this stage"),
     device=("auto", "auto, cpu, cuda, cuda:1 or mps [auto: cuda, else cpu]"),
     amp=(True, "bfloat16 on GPUs [on]"),
     seed=(0, "of all random numbers, not of the split [0]"),
-    start=(None, "a checkpoint, scratch or imagenet"),
-    files=(None, "a folder, or image files"),
+    start=(None, "a checkpoint, scratch or imagenet [the newest checkpoint in runs/*/]"),
+    files=(None, "folders or image files"),
     seeds=(3, "runs of each row [3]"),
 )
-COMMON = ["data", "root", "cache", "partial", "uncertain", "recipe", "out", "device", "seed"]
-ROWS = [[name for name, row in CXR14.items() if row[column] is not None] for column in (0, 1)]
+COMMON = ["data", "root", "cache", "partial", "uncertain", "recipe", "out", "device"]
+STAGE_1 = [name for name, (value, _, _) in CXR14.items() if value is not None]
+STAGE_2 = [name for name, (_, value, _) in CXR14.items() if value is not None]
+BOTH = list(dict.fromkeys(STAGE_1 + STAGE_2))
+PROBE = "test a finetune.pt again, or fit a linear classifier to the features of a pretrain.pt"
 # What a command is for, and the options that it reads.
 COMMANDS = dict(
-    pretrain=("stage 1, without labels", [*COMMON, "fresh", "amp", *ROWS[0]]),
-    finetune=("stage 2, with a few labels", [*COMMON, "fresh", "amp", "start", *ROWS[1]]),
-    evaluate=(
-        "test a finetune.pt again, or fit a linear classifier to the features of a pretrain.pt",
-        ["start", *COMMON, "arch", "size", "labels"],
-    ),
+    pretrain=("stage 1, without labels", [*COMMON, "seed", "fresh", "amp", *STAGE_1]),
+    finetune=("stage 2, with a few labels", [*COMMON, "seed", "fresh", "amp", "start", *STAGE_2]),
+    evaluate=(PROBE, ["start", *COMMON, "seed", "arch", "size", "labels"]),
     predict=("write probabilities for new images", ["files", "start", "out", "device"]),
-    ablate=(
-        "what is each ingredient worth: a table",
-        ["seeds", *COMMON[:-1], "fresh", "amp", *dict.fromkeys(ROWS[0] + ROWS[1])],
-    ),
+    ablate=("what is each ingredient worth", ["seeds", *COMMON, "fresh", "amp", *BOTH]),
 )
-# LOWEST is 0 and HIGHEST no limit unless named; a probability is at most 1.
-LOWEST = dict(
-    batch=2, size=16, epochs=1, seeds=2, keys=1, queue=1, dim=1, temperature=1e-3, ramp=1e-3
-)
-HIGHEST = dict.fromkeys([name for name in CXR14 if name.endswith("_p")], 1)
-HIGHEST |= dict(
-    teacher_momentum=1, beta1=0.9999, beta2=0.9999, crop=0.99, centre=0.99, jitter=1, hue=1
-)
-HIGHEST |= dict(seed=2**32 - 1)
-WORDS = dict(
+# The values of an option: words, or least and largest number. Other numbers are 0 or more.
+VALUES = {name: (0, 1) for name in CXR14 if name.endswith("_p")} | dict(
     arch=("densenet121", "tiny"),
     init=("imagenet", "random"),
     schedule=("cosine", "steps"),
     uncertain=("zeros", "ones", "ignore"),
     recipe=tuple(RECIPES),
 )
+VALUES |= dict.fromkeys(("epochs", "keys", "queue", "dim"), (1, math.inf))
+VALUES |= dict.fromkeys(("temperature", "ramp"), (1e-3, math.inf))
+VALUES |= dict.fromkeys(("teacher_momentum", "jitter", "hue"), (0, 1))
+VALUES |= dict.fromkeys(("crop", "centre"), (0, 0.99)) | dict.fromkeys(
+    ("beta1", "beta2"), (0, 0.9999)
+)
+VALUES |= dict(batch=(2, math.inf), size=(16, math.inf), seeds=(2, math.inf), seed=(0, 2**32 - 1))
 
 
 class Parser(argparse.ArgumentParser):
@@ -2030,47 +2026,37 @@ def setting(name, recipe, stage):
 
 
 def help_of(command, name):
-    """What --help prints for an option: its meaning and, in brackets, its values."""
-    special = dict(
-        predict=dict(out="CSV file [predicted.csv]", start="a finetune.pt [newest in runs/*/]"),
-        finetune=dict(start="a pretrain.pt, scratch or imagenet [newest pretrain.pt in runs/*/]"),
-    ).get(command, {})
+    """What --help prints for an option: its meaning and, in brackets, its value in each recipe."""
     if name in OPTIONS:
-        return special.get(name, OPTIONS[name][1])
+        return OPTIONS[name][1]
+    if command == "ablate":
+        return CXR14[name][2]
     recipes_of = {}
     for recipe in RECIPES:
         stage = "finetune" if command == "finetune" or name == "labels" else "pretrain"
-        recipes_of.setdefault(setting(name, recipe, stage), []).append(recipe)
+        recipes_of.setdefault(str(setting(name, recipe, stage)), []).append(recipe)
     values = [f"{value} {', '.join(recipes)}" for value, recipes in recipes_of.items()]
-    shown = "; ".join(values) if len(values) > 1 else str(next(iter(recipes_of)))
-    return CXR14[name][2] + f" [{shown}]" * (command != "ablate")
+    return f"{CXR14[name][2]} [{'; '.join(values) if len(values) > 1 else [*recipes_of][0]}]"
 
 
 def add_option(parser, command, name):
     """Add an option to the parser of a command."""
     default = OPTIONS[name][0] if name in OPTIONS else CXR14[name][0] or CXR14[name][1]
     text = help_of(command, name).replace("%", "%%")
-    if isinstance(default, bool):
-        action = argparse.BooleanOptionalAction if default else "store_true"
-        parser.add_argument(option_of(name), action=action, help=text)
+    kind = file_or_number if name == "labels" else str if default is None else type(default)
+    words = VALUES.get(name) if kind is str else None
+    metavar = {str: "NAME", int: "N", float: "X"}.get(kind, "LABELS")
+    if kind is bool:
+        parser.add_argument(option_of(name), action=argparse.BooleanOptionalAction, help=text)
     elif name == "files":
         parser.add_argument(name, nargs="+", metavar="IMAGES", help=text)
     elif name == "start" and command == "evaluate":
-        text = "a finetune.pt or pretrain.pt, scratch or imagenet [newest finetune.pt in runs/*/]"
         parser.add_argument(name, nargs="?", metavar="CHECKPOINT", help=text)
+    elif name == "labels" and command == "ablate":
+        parser.add_argument("--labels", nargs="+", type=kind, metavar=metavar, help=text)
     else:
-        kind = file_or_number if name == "labels" else str if default is None else type(default)
-        metavar = {str: "NAME", int: "N", float: "X"}.get(kind, "LABELS")
-        many = dict(nargs="+") if name == "labels" and command == "ablate" else {}
-        parser.add_argument(
-            option_of(name),
-            dest=name,
-            type=kind,
-            choices=WORDS.get(name),
-            metavar=metavar,
-            help=text,
-            **many,
-        )
+        given = dict(dest=name, type=kind, choices=words, metavar=metavar)
+        parser.add_argument(option_of(name), help=text, **given)
 
 
 def parse_args(argv=None):
@@ -2078,13 +2064,12 @@ def parse_args(argv=None):
     parser = Parser("s2mts2.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command, (text, names) in COMMANDS.items():
-        shape = dict(predict="IMAGES [IMAGES ...] ", evaluate="[CHECKPOINT] ").get(command, "")
+        files = dict(predict="IMAGES [IMAGES ...] ", evaluate="[CHECKPOINT] ").get(command, "")
         sub = commands.add_parser(
             command,
             help=text,
-            usage=f"python s2mts2.py {command} {shape}[options]",
-            description=text
-            + ". In brackets: the default, for each recipe." * (command != "ablate"),
+            description=f"{text}. In brackets: the default, for each recipe.",
+            usage=f"python s2mts2.py {command} {files}[options]",
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26),
             argument_default=argparse.SUPPRESS,
             allow_abbrev=False,
@@ -2093,11 +2078,11 @@ def parse_args(argv=None):
             add_option(sub, command, name)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        lowest, highest = LOWEST.get(name, 0), HIGHEST.get(name, sys.float_info.max)
-        number = isinstance(value, (int, float))
-        require(
-            not number or lowest <= value <= highest, f"{option_of(name)} {value} is out of range"
-        )
+        if isinstance(value, (int, float)):
+            least, largest = VALUES.get(name, (0, math.inf))
+            # Neither infinite nor NaN.
+            fits = least <= value <= largest and math.isfinite(value)
+            require(fits, f"{option_of(name)} {value} is out of range")
     return settings_of(given.pop("command"), given)
 
 
@@ -2118,31 +2103,30 @@ def command_line(words, given):
 
 def settings_of(command, given):
     """All settings of a command: of the table, the recipe, stage 1, and given. Later ones count."""
-    require(
-        PROCESSES == 1 or command in ("pretrain", "finetune"),
-        f"{command} runs in one process, without torchrun",
-    )
+    alone = PROCESSES == 1 or command in ("pretrain", "finetune")
+    require(alone, f"{command} runs in one process, without torchrun")
     start, taken = find_start(command, given), {}
-    if start not in ("scratch", "imagenet", None) or command == "predict":
+    if start not in (None, "scratch", "imagenet") or command == "predict":
         stages = dict(finetune=["pretrain"], evaluate=["finetune", "pretrain"])
         saved = load_checkpoint(start, *stages.get(command, ["finetune"]))
-        if command != "finetune":
-            return reopened(command, saved, given, start)
+        if saved["stage"] == "finetune":
+            return reopened(command, saved["args"], given, start)
         taken = taken_over(saved["args"], given, start)
-    known = {name: OPTIONS[name][0] for name in COMMANDS[command][1] if name in OPTIONS}
-    known |= taken | given
-    recipe = known["recipe"] or (known["data"] if known["data"] in RECIPES else "small")
     stage = "finetune" if command == "finetune" else "pretrain"
-    table = {name: setting(name, recipe, stage) for name in ROWS[stage == "finetune"]}
-    values = known | table | taken | given | dict(recipe=recipe, start=start)
+    values = {name: OPTIONS[name][0] for name in COMMANDS[command][1] if name in OPTIONS}
+    values |= taken | given | dict(start=start)
+    recipe = values["recipe"] or (values["data"] if values["data"] in RECIPES else "small")
+    for name in STAGE_2 if stage == "finetune" else STAGE_1:
+        values.setdefault(name, setting(name, recipe, stage))
+    labels = setting("labels", recipe, "finetune")
     if command in ("evaluate", "ablate"):
-        labels = setting("labels", recipe, "finetune")
-        values["labels"] = given.get("labels", labels if command == "evaluate" else [labels])
+        values.setdefault("labels", [labels] if command == "ablate" else labels)
     if values["arch"] == "tiny" and "init" not in given and stage == "pretrain":
         values["init"] = "random"
     check(values, given)
     values["augment"] = {name: values.pop(name) for name in VIEWS}
-    return argparse.Namespace(**values | dict(command=command, stage=stage, given=given))
+    values |= dict(recipe=recipe, command=command, stage=stage, given=given)
+    return argparse.Namespace(**values)
 
 
 def find_start(command, given):
@@ -2152,10 +2136,8 @@ def find_start(command, given):
     stage = "pretrain" if command == "finetune" else "finetune"
     found = Path("runs").glob(f"*/{stage}.pt")
     for path in sorted(found, key=os.path.getmtime, reverse=True):
-        if "data" not in given:
-            return str(path)
         try:
-            if same_data(given, load_checkpoint(path, stage)["args"]):
+            if "data" not in given or same_data(given, load_checkpoint(path, stage)["args"]):
                 return str(path)
         except UserError as error:
             print(f"warning: {error}")
@@ -2166,17 +2148,18 @@ def find_start(command, given):
 
 def same_data(given, saved):
     """Whether the given data, if any, are those of a checkpoint: the same name or path."""
-    if "data" not in given:
-        return True
-    one, two = given["data"], saved["data"]
-    if one not in RECIPES or two not in RECIPES:
-        return Path(one).resolve() == Path(two).resolve() and one not in RECIPES
-    old = saved["root"] or f"data/{two}"
-    return one == two and Path(given.get("root") or old).resolve() == Path(old).resolve()
+
+    def place(data, root):
+        """What distinguishes data sets: the folder, and for a known name also the name."""
+        known = data in ("digits", "cxr14", "chexpert", "isic2018")
+        return known and data, Path((root or f"data/{data}") if known else data).resolve()
+
+    root = given.get("root") or saved["root"]
+    return "data" not in given or place(given["data"], root) == place(saved["data"], saved["root"])
 
 
 def taken_over(saved, given, start):
-    """What stage 2 takes over: the network and, for the same data, what stage 1 was given."""
+    """What is taken over from stage 1: the network and, for the same data, what it was given."""
     taken = dict(arch=saved["arch"])
     if same_data(given, saved):
         names = ("data", "root", "cache", "partial", "uncertain", "recipe", "size")
@@ -2186,34 +2169,27 @@ def taken_over(saved, given, start):
 
 
 def reopened(command, saved, given, start):
-    """Settings of evaluate and predict: those of the checkpoint; a few can be given anew."""
-    values, stage = saved["args"], saved["stage"]
+    """Settings of a finetune.pt; only the places of data and results can be given anew."""
+    require(same_data(given | dict(root=None), saved), f"{start} has data {saved['data']}")
+    free = {"start", "files", "out", "device", "data", "root", "cache", "partial", "uncertain"}
+    for name in given.keys() - free:
+        same = given[name] == saved.get(name)
+        require(same, f"{start} has {option_of(name)} {saved.get(name)}, which cannot be changed")
     out = "predicted.csv" if command == "predict" else str(Path(start).parent)
-    values |= dict(device="auto", out=out)
-    free = {"start", "files", "out", "device", "root", "cache", "partial", "uncertain"}
-    if stage == "pretrain":
-        values |= dict(seed=0, labels=setting("labels", values["recipe"], "finetune"))
-        free |= {"labels", "seed", "size"}
-    require(same_data(given | dict(root=None), values), f"{start} has data {values['data']}")
-    for name in given.keys() - free - {"data"}:
-        same = given[name] == values.get(name)
-        require(same, f"{start} has {option_of(name)} {values.get(name)}, which cannot be changed")
-    return argparse.Namespace(
-        **values | given | dict(start=start, command=command, stage=stage, given=given)
-    )
+    values = saved | dict(device="auto", out=out) | given
+    values |= dict(start=start, command=command, stage="finetune", given=given)
+    return argparse.Namespace(**values)
 
 
 def check(values, given):
     """Raise UserError for settings that do not fit together."""
-    batch, size = values["batch"], values["size"]
-    require(batch % PROCESSES == 0, f"--batch must be a multiple of {PROCESSES} processes")
-    require(values["arch"] == "tiny" or size >= 32, "densenet121 needs --size 32 or more")
+    tiny, size = values["arch"] == "tiny", values["size"]
+    fits = values["batch"] % PROCESSES == 0
+    require(fits, f"--batch must be a multiple of {PROCESSES} processes")
+    require(tiny or size >= 32, "densenet121 needs --size 32 or more")
     require(3 * values["blur"] <= size - 1, "--blur must be below a third of --size")
     imagenet = "imagenet" in (given.get("init"), given.get("start"))
-    require(
-        values["arch"] != "tiny" or not imagenet,
-        "tiny has no ImageNet weights; use --arch densenet121",
-    )
+    require(not (tiny and imagenet), "tiny has no ImageNet weights; use --arch densenet121")
     sets = ("cxr14", "chexpert", "isic2018")
     for name, fits in dict(root=sets, partial=sets, uncertain=("chexpert",)).items():
         right = name not in given or values["data"] in fits
@@ -2227,44 +2203,42 @@ def predict(args):
     were skipped, which are named; the others are in the file.
     """
     saved = load_checkpoint(args.start, "finetune")
-    channels, classes, multilabel = saved["channels"], saved["classes"], saved["multilabel"]
-    _, teacher = load_networks(args, channels, classes)
-    paths, skipped = {}, []
+    _, teacher = load_networks(args, saved["channels"], saved["classes"])
+    path_of, skipped, scores = {}, [], {}
     for item in args.files:
         if not os.path.isdir(item):
-            paths[item] = item
+            path_of[item] = item
             continue
         images, others = find_images(item)
+        skipped += [f"not an image: {item}/{name}" for name in others]
         for name in sorted(images):
             # Of one folder: the names below it.
-            paths[name if len(args.files) == 1 else f"{item}/{name}"] = f"{item}/{name}"
-        skipped += [f"not an image: {item}/{name}" for name in others]
-    require(paths, f"{args.files[0]} has no images ({' '.join(ENDINGS)})")
+            path_of[name if len(args.files) == 1 else f"{item}/{name}"] = f"{item}/{name}"
+    require(path_of, f"{args.files[0]} has no images ({' '.join(ENDINGS)})")
     require(not os.path.isdir(args.out), f"--out {args.out} is a folder; name a CSV file")
 
-    def attempt(path):
-        """The decoded image, or the error."""
+    def attempt(name):
+        """The decoded image; None if it cannot be read."""
         try:
-            return decode(path, args.size, channels)
+            return decode(path_of[name], args.size, saved["channels"])
         except UserError as error:
-            return error
+            skipped.append(str(error))
 
-    scores, names = {}, list(paths)
+    names = list(path_of)
     with ThreadPoolExecutor() as pool, tqdm(total=len(names), desc="predict", unit="image") as bar:
         for start in range(0, len(names), 64):
             block = names[start : start + 64]
-            images = dict(zip(block, pool.map(attempt, map(paths.get, block)), strict=True))
-            skipped += [str(image) for image in images.values() if isinstance(image, UserError)]
-            images = {k: image for k, image in images.items() if not isinstance(image, UserError)}
+            images = dict(zip(block, pool.map(attempt, block), strict=True))
+            images = {name: image for name, image in images.items() if image is not None}
             if images:
                 batch = torch.from_numpy(np.stack(list(images.values())))
-                outputs = probabilities(predict_batch(teacher, batch, args.size), multilabel)
-                require(outputs.isfinite().all(), f"{args.start}: an output is not finite")
-                scores |= zip(images, outputs.numpy(), strict=True)
+                outputs = predict_batch(teacher, batch, args.size)
+                outputs = probabilities(outputs, saved["multilabel"]).numpy()
+                require(np.isfinite(outputs).all(), f"{args.start}: an output is not finite")
+                scores |= zip(images, outputs, strict=True)
             bar.update(len(block))
-    write_predictions(Path(args.out), classes, scores, scores.values())
-    for line in skipped:
-        print(line)
+    write_predictions(Path(args.out), saved["classes"], scores, scores.values())
+    print(*sorted(skipped), sep="\n", end="\n" * bool(skipped))
     print(f"written to {args.out}: {len(scores):,} images, with {args.start}")
     require(not skipped, f"{len(skipped):,} files were skipped, named above")
 
