@@ -1959,12 +1959,12 @@ OPTIONS = dict(
     partial=(False, "use only the image files that are there"),
     uncertain=("zeros", "-1 of CheXpert: zeros, ones or ignore [zeros]"),
     recipe=(None, f"{', '.join(RECIPES)} [that of the data; small for others]"),
-    out=(None, "folder for results [runs/NAME, or that of the checkpoint]; predict: CSV file"),
+    out=(None, "folder [runs/NAME, or that of the checkpoint]; predict: file [predicted.csv]"),
     fresh=(False, "start over: remove the results of this stage"),
     device=("auto", "auto, cpu, cuda, cuda:1 or mps [auto: cuda, else cpu]"),
     amp=(True, "bfloat16 on GPUs [on]"),
     seed=(0, "of all random numbers, not of the split [0]"),
-    start=(None, "a checkpoint, scratch or imagenet [the newest checkpoint in runs/*/]"),
+    start=(None, "a checkpoint, or except for predict scratch or imagenet [newest in runs/*/]"),
     files=(None, "folders or image files"),
     seeds=(3, "runs of each row [3]"),
 )
@@ -1981,21 +1981,19 @@ COMMANDS = dict(
     predict=("write probabilities for new images", ["files", "start", "out", "device"]),
     ablate=("what is each ingredient worth", ["seeds", *COMMON, "fresh", "amp", *BOTH]),
 )
-# The values of an option: words, or least and largest number. Other numbers are 0 or more.
-VALUES = {name: (0, 1) for name in CXR14 if name.endswith("_p")} | dict(
-    arch=("densenet121", "tiny"),
-    init=("imagenet", "random"),
-    schedule=("cosine", "steps"),
-    uncertain=("zeros", "ones", "ignore"),
-    recipe=tuple(RECIPES),
+# The values of an option: words, or the least and the largest number. Others are 0 or more.
+# fmt: off
+VALUES = dict(
+    arch=("densenet121", "tiny"), init=("imagenet", "random"), schedule=("cosine", "steps"),
+    uncertain=("zeros", "ones", "ignore"), recipe=tuple(RECIPES),
+    batch=(2, math.inf), size=(16, math.inf), epochs=(1, math.inf), seeds=(2, math.inf),
+    keys=(1, math.inf), queue=(1, math.inf), dim=(1, math.inf), seed=(0, 2**32 - 1),
+    temperature=(1e-3, math.inf), ramp=(1e-3, math.inf), teacher_momentum=(0, 1),
+    beta1=(0, 0.9999), beta2=(0, 0.9999), centre=(0, 0.99), crop=(0, 0.99), jitter=(0, 1),
+    hue=(0, 1), rotate_p=(0, 1), flip_p=(0, 1), vertical_flip_p=(0, 1), jitter_p=(0, 1),
+    blur_p=(0, 1), erase_p=(0, 1),
 )
-VALUES |= dict.fromkeys(("epochs", "keys", "queue", "dim"), (1, math.inf))
-VALUES |= dict.fromkeys(("temperature", "ramp"), (1e-3, math.inf))
-VALUES |= dict.fromkeys(("teacher_momentum", "jitter", "hue"), (0, 1))
-VALUES |= dict.fromkeys(("crop", "centre"), (0, 0.99)) | dict.fromkeys(
-    ("beta1", "beta2"), (0, 0.9999)
-)
-VALUES |= dict(batch=(2, math.inf), size=(16, math.inf), seeds=(2, math.inf), seed=(0, 2**32 - 1))
+# fmt: on
 
 
 class Parser(argparse.ArgumentParser):
@@ -2047,7 +2045,8 @@ def add_option(parser, command, name):
     words = VALUES.get(name) if kind is str else None
     metavar = {str: "NAME", int: "N", float: "X"}.get(kind, "LABELS")
     if kind is bool:
-        parser.add_argument(option_of(name), action=argparse.BooleanOptionalAction, help=text)
+        action = argparse.BooleanOptionalAction if default else "store_true"
+        parser.add_argument(option_of(name), action=action, help=text)
     elif name == "files":
         parser.add_argument(name, nargs="+", metavar="IMAGES", help=text)
     elif name == "start" and command == "evaluate":
