@@ -1061,12 +1061,9 @@ def load_isic2018(root):
     for name, *targets in cells.values():
         part = "test" if in_fifth(lesion.get(name, name)) else "train"
         rows.append(Row(name, f"{root}/{prefix}Input/{name}.jpg", list(map(float, targets)), part))
-    alone, test = (
-        sum(row.name not in lesion for row in rows),
-        sum(row.part == "test" for row in rows),
-    )
+    alone = sum(row.name not in lesion for row in rows)
     if alone:
-        most = min(alone, test, len(rows) - test)
+        most = min(alone, sum(row.part == "test" for row in rows))
         print(
             f"warning: {alone:,} of {len(rows):,} images have no lesion in {groupings or root}: up "
             f"to {most:,} lesions could have images in train and in test. Add "
@@ -1232,14 +1229,12 @@ def read_class_folders(files):
     inside = [name for name in files if name.startswith(("train/", "test/"))]
     class_of = {name: name.split("/")[1] for name in inside if name.count("/") > 1}
     classes = sorted({one for name, one in class_of.items() if name.startswith("train/")})
-    # Without labelled test images a fifth of the training images is the test set.
-    has_test = any(name.startswith("test/") for name in class_of)
     rows = []
     for name in inside:
-        own, part = class_of.get(name), name.split("/")[0]
+        own, part = class_of.get(name), "test" if name.startswith("test/") else ""
         require(own is None or own in classes, f"{name}: no folder train/{own}")
         targets = [one == own if own else np.nan for one in classes]
-        rows.append(Row(name, "", targets, part if has_test or part == "test" else ""))
+        rows.append(Row(name, "", targets, part))
     require(len(classes) > 1, f"folder train needs two or more class folders, not {classes}")
     return classes, rows
 

@@ -1685,6 +1685,25 @@ def test_blur_has_standard_deviations_from_a_tenth_to_the_largest():
     assert sigma.mean() == pytest.approx(1.05, abs=0.15)
 
 
+@pytest.mark.parametrize("largest, low", [(2.0, 0.1), (0.05, 0.05)])
+def test_the_blur_gets_random_standard_deviations_of_the_range(largest, low, monkeypatch):
+    """The pixels of a narrow blur do not show its width."""
+    got = []
+
+    def record(images, sigma, most):
+        got.append((sigma, most))
+        return images
+
+    monkeypatch.setattr(s2mts2, "gaussian_blur", record)
+    images = torch.zeros(1000, 1, 16, 16, dtype=torch.uint8)
+    s2mts2.random_views(images, PLAIN | dict(blur=largest, blur_p=1.0), 16)
+    ((sigma, most),) = got
+    assert most == largest
+    near = 0.01 * (largest - low) + 1e-6
+    assert low - 1e-6 <= sigma.min() <= low + near
+    assert largest - near <= sigma.max() <= largest + 1e-6
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_erase_clears_the_rectangle(channels):
     expected = torch.ones(2, channels, 8, 8)
@@ -2175,6 +2194,18 @@ def test_cxr14_prefers_png_to_a_copy_with_another_ending():
     for name in ("00000000_001.png", "00000000_001.jpg", "00000000_001.tif"):
         shade(Path("root/images", name), 70 if name.endswith("png") else 200)
     assert load_data("cxr14", "root", size=8).images[1, 0, 0, 0] == 70
+
+
+def test_cxr14_takes_the_same_of_two_copies_in_whatever_order_they_are_listed(monkeypatch):
+    cxr14(Path("root"), 6)
+    Path("root/images/00000000_001.png").unlink()
+    for value, ending in ((50, ".jpg"), (60, ".tif")):
+        shade(Path("root/images/00000000_001" + ending), value)
+    for backwards in (False, True):
+        listed = sorted(os.listdir("root/images"), reverse=backwards)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "listdir", lambda folder, listed=listed: listed)
+            assert load_data("cxr14", "root", size=8).images[1, 0, 0, 0] == 50
 
 
 # A stable hash of the patients: these are in the test set, and these in neither part, for good.
@@ -3450,6 +3481,23 @@ def test_images_replaced_under_the_same_names_are_decoded_anew(size, decodings, 
     assert "images have changed since they were decoded" in capsys.readouterr().out
 
 
+def test_pixels_that_a_run_uses_do_not_change_with_the_files():
+    expected = numbered_files(10)
+    in_use = load_data("own", size=8)
+    shade(Path("own/img003.png"), 203)
+    os.utime("own/img003.png", (1e9, 1e9))
+    assert shades(load_data("own", size=8)) == expected | {"img003.png": 203}
+    assert shades(in_use) == expected
+
+
+def test_a_file_that_has_become_empty_is_named():
+    cxr14(Path("root"), 6)
+    load_data("cxr14", "root", size=8)
+    os.truncate("root/images/00000000_001.png", 0)
+    with pytest.raises(UserError, match="00000000_001.png"):
+        load_data("cxr14", "root", size=8)
+
+
 def test_added_and_removed_images_are_noticed():
     expected = numbered_files(10)
     load_data("own", size=8)
@@ -3496,7 +3544,7 @@ def test_an_interrupted_decoding_goes_on(monkeypatch, decodings):
     assert not [*Path("own").glob("*.part")]
 
 
-def test_an_interrupted_decoding_goes_on_only_with_unchanged_files(monkeypatch, decodings):
+def test_an_interrupted_decoding_goes_on_only_with_unchanged_files(monkeypatch, decodings, capsys):
     expected = numbered_files()
     with monkeypatch.context() as patch:
         stop_at(patch, "img100.png", interrupt)
@@ -3509,6 +3557,7 @@ def test_an_interrupted_decoding_goes_on_only_with_unchanged_files(monkeypatch, 
     new = {"img003.png": 203, "img130.png": 204}
     assert shades(load_data("own", size=8)) == expected | new
     assert len(decodings) == 140 - 100 + 1
+    assert "images have changed" in capsys.readouterr().out
 
 
 def test_a_decoding_that_stops_early_keeps_what_an_earlier_one_left(monkeypatch, decodings):
