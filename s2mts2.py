@@ -44,7 +44,7 @@ Symbols of the paper, names in this file, shapes:
 N images in a batch, M keys of an image, D dimensions of an embedding, K negatives, C classes; in
 stage 2, L labelled and N unlabelled images in a batch.
 
-A tag names the source of the sentence or paragraph that follows it: [paper], [authors' code]
+A tag names the source of the text up to the next tag or empty line: [paper], [authors' code]
 (github.com/FBLADL/semi-chest), [Mean Teacher] (arXiv 1703.01780), [JCL] (joint contrastive loss,
 arXiv 2009.14776), [MoCo] (arXiv 1911.05722), [ACPL] (github.com/FBLADL/ACPL, the authors' label
 lists), [our choice]. [plumbing] is code that is not part of the method.
@@ -118,8 +118,9 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
 def make_teacher(student):
     """A copy of the student. No gradient reaches it; only ema_update changes its weights.
 
-    Why no gradient, stage 1: [MoCo] keys of earlier steps stay in the queue. They are comparable
-    with new keys only if the teacher changes slowly. This also saves M of M + 1 backward passes.
+    Why no gradient, stage 1: [MoCo] a teacher that is trained by gradient descent changes fast. The
+    keys of earlier steps, which stay in the queue, would not be comparable with new ones. This also
+    saves M of M + 1 backward passes.
     Why no gradient, stage 2: [Mean Teacher] the consistency loss asks two networks to agree.
     [our choice] Our reason: if both could move, the two networks could collapse to a trivial
     solution, one output for all unlabelled images.
@@ -127,9 +128,9 @@ def make_teacher(student):
     BatchNorm of the teacher. In stage 1 and 2 it normalises with the statistics of its batch. In
     stage 2 this batch has unlabelled images only; the student's batch has both kinds. In evaluation
     it uses running statistics: [our choice] the EMA of the student's, not changed by the teacher's
-    own passes. They describe past students, not the present teacher. With a teacher that normalises
-    with them in stage 1 the student learns nothing: measured on digits, 12 epochs, the loss stays
-    within 0.1 of log(K + 1), chance level.
+    own passes. They come from past students and do not fit the present teacher. So stage 1 fails if
+    its teacher uses them: measured on digits, 12 epochs, the loss stays within 0.1 of log(K + 1),
+    chance level.
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
@@ -147,8 +148,8 @@ def ema_update(teacher, student, momentum):
     momentum          float in [0, 1], the EMA decay a
     With a constant a, n updates with students theta_1 ... theta_n give the weighted mean
         theta'_n = a^n theta'_0 + (1 - a) sum_{i=1..n} a^(n-i) theta_i.
-    [our choice] BatchNorm's running statistics are averaged like weights; its integer counter is
-    copied; [authors' code] not there.
+    [authors' code] BatchNorm's running statistics are averaged like weights. [our choice] Its
+    integer counter is copied.
     """
     averages = [*teacher.parameters(), *teacher.buffers()]
     latest = [*student.parameters(), *student.buffers()]
@@ -313,11 +314,11 @@ def learning_rate(args, epoch):
 def batches(indices, steps, size, seed, epoch):
     """int64 [steps, size]: the indices in random order, repeated if there are not enough.
 
-    The order depends on seed and epoch only. No indices give empty batches. With several processes:
+    The order depends on seed and epoch only. Size 0 gives empty batches. With several processes:
     this process's part of each batch, [steps, size / processes].
     """
     random = np.random.RandomState([seed, epoch])
-    repeats = math.ceil(steps * size / max(1, len(indices)))
+    repeats = 1 + steps * size // max(1, len(indices))
     order = np.concatenate([random.permutation(indices) for _ in range(repeats)])
     return order[: steps * size].reshape(steps, PROCESSES, -1)[:, RANK]
 
@@ -343,28 +344,31 @@ def finetune(data, args):
     labelled = choose_labelled(data, args.labels, args.seed)
     unlabelled = np.setdiff1d(data.train, labelled)
     seed_torch(args.seed, "finetune")
-    # [paper] Stage 1's student and teacher with one new, identical classifier.
+    # [paper] Student and teacher of stage 1, both with the same new classifier. Or new networks.
     student, teacher = map(synchronise, load_networks(args, data.images.shape[1], data.classes))
     adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=args.weight_decay, **adam)
     steps = max(args.min_steps, math.ceil(max(len(labelled), len(unlabelled)) / args.batch))
-    use_unlabelled = args.consistency > 0 and len(unlabelled) > 0
-    # L and N of a step, over all processes. [our choice] L is at most the number of labels.
-    size_l = min(args.batch, len(labelled)) // PROCESSES * PROCESSES
-    size_n = args.batch * use_unlabelled
+    # BatchNorm of the teacher needs two images.
+    use_unlabelled = args.consistency > 0 and len(unlabelled) >= 2 * PROCESSES
+    # L and N of a step, over all processes. [our choice] Not more images than there are.
+    size_l, size_n = (
+        min(args.batch, len(images)) // PROCESSES * PROCESSES for images in (labelled, unlabelled)
+    )
+    size_n *= use_unlabelled
     require(size_l, f"{len(labelled)} labelled images are fewer than {PROCESSES} processes")
     require(size_l + size_n > PROCESSES, "BatchNorm needs two images in a step; use more --labels")
     print(f"{len(labelled):,} labelled and {len(unlabelled):,} unlabelled training images")
     state = dict(student=student, teacher=teacher, optimizer=optimizer)
     run = Run(data, args, steps * (size_l + size_n), state, labelled)
-    predict = average_gradients(student)
+    classify = average_gradients(student)
 
     for epoch in range(run.epochs_done, args.epochs):
         run.start_epoch(epoch)
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         w = consistency_weight(args, epoch)
         order_l = batches(labelled, steps, size_l, args.seed, epoch)
-        order_n = batches(unlabelled, steps, args.batch, args.seed, epoch)
+        order_n = batches(unlabelled, steps, size_n, args.seed, epoch)
         for step, (indices_l, indices_n) in enumerate(zip(order_l, order_n, strict=True)):
             targets = to_device(data.targets[indices_l], device)  # [L, C]
             images = to_device(data.images[indices_l], device)  # uint8 [L, channels, ...]
@@ -379,7 +383,7 @@ def finetune(data, args):
                 if use_unlabelled:
                     with torch.no_grad():
                         teacher_logits = teacher(teacher_views).float()  # [N, C]
-                logits = predict(views).float()  # [L, C] or [L + N, C]
+                logits = classify(views).float()  # [L, C] or [L + N, C]
             loss = supervised_loss(logits[: len(targets)], targets, data.multilabel)
             if use_unlabelled:
                 student_logits = logits[len(targets) :]  # [N, C]
@@ -394,18 +398,21 @@ def finetune(data, args):
 
 
 def consistency_weight(args, epoch):
-    """[authors' code] w of an epoch: it grows linearly from 0, with ramp = 1 until the last epoch.
+    """[authors' code] w of an epoch: 0 in the first, then it grows linearly.
 
-    At first the classifier is random, and so are the teacher's predictions.
+    After the fraction `ramp` of the epochs it is args.consistency. With ramp = 1 it grows to the
+    last epoch and ends one step below. Why 0: the classifier is random at first, and so are the
+    teacher's predictions.
     """
     return args.consistency * min(1, epoch / (args.ramp * args.epochs))
 
 
 def warmed_up(decay, updates):
-    """[Mean Teacher] EMA decay of update 1, 2, ...: 1/2, 2/3, ... until it reaches the given one.
+    """[Mean Teacher] EMA decay of update 1, 2, ...: 1/2, 2/3, ... but at most the given one.
 
-    Until then the teacher is the plain mean of its first weights and all students. It forgets the
-    untrained classifier sooner, and stage 1's teacher: after n steps its weight is 1 / (n + 1).
+    As long as it is below, the teacher is the plain mean of its first weights and of n students,
+    each with weight 1 / (n + 1). So it soon forgets the untrained classifier, and also the weights
+    of stage 1.
     """
     return min(1 - 1 / (updates + 1), decay)
 
@@ -414,8 +421,8 @@ def load_networks(args, channels, classes):
     """Student and teacher for stage 2, with the weights of args.start, on args.device.
 
     args.start  path of a checkpoint, "scratch" or "imagenet"
-    From a checkpoint of stage 1 both networks have one new, identical classifier. Raises UserError
-    if the checkpoint has another architecture or another number of channels.
+    Networks of stage 1 get a new classifier, the same in both; those of stage 2 keep their own.
+    Raises UserError if a checkpoint has another architecture or another number of channels.
     """
     student = build_network(args.arch, channels, len(classes), imagenet=args.start == "imagenet")
     teacher, new = make_teacher(student), student.classifier.state_dict(prefix="classifier.")
@@ -511,7 +518,7 @@ def predict_batch(network, images, size):
 # Stage 2 is a blend, since their last script has no unlabelled image and no EMA. [authors' code]
 # Last script, finetune.py: size, batch, lr, betas, eps, schedule, labels, rotation; 10 epochs.
 # Older scripts, for CheXpert and ISIC2018: 30 epochs, EMA decay, consistency weight and its ramp.
-# These have a cosine. "steps" is from the last script, which stops before its first step.
+# These have a cosine. "steps" is from the last script; its 10 epochs end before the first step.
 # An epoch of theirs is a pass over the labelled images. [our choice] Ours is a pass over the
 # unlabelled ones: on Chest X-ray14 about 5,300 steps, not 108; on ISIC2018 four times as many.
 # fmt: off
@@ -524,7 +531,7 @@ CXR14 = dict(
     batch=           (256,           16,            "images in a step, in stage 2 of each kind"),
     min_steps=       (None,          0,             "least number of steps of an epoch"),
     # Stage 1 has SGD. Stage 2 has AdamW; without weight decay that is Adam. Its eps is far above
-    # most gradients, so a step is nearly that of SGD with a learning rate of lr / eps, 0.5 or 1.
+    # most gradients, so a step is nearly that of SGD with a learning rate of lr / eps = 0.5.
     # With few labels such steps can overwrite the features of stage 1. Few epochs and an early w,
     # as in the recipe small, limit this.
     lr=              (0.03,          0.05,          "learning rate of the first epoch"),
@@ -796,6 +803,7 @@ class Data:
     multilabel: bool
 
     def __post_init__(self):
+        self.images = np.asanyarray(self.images)
         self.targets = np.asarray(self.targets, np.float32)
         self.train, self.test = np.asarray(self.train, np.int64), np.asarray(self.test, np.int64)
         self.classes, self.names = list(map(str, self.classes)), list(map(str, self.names))
@@ -810,6 +818,7 @@ class Data:
         require(len(self.test), "there is no labelled test image; name some in a column split")
         require(used.min() >= 0 and used.max() < count, "train and test must be indices of images")
         require(len({*self.classes} - {""}) == len(self.classes), "class names are equal or empty")
+        require(self.multilabel or len(self.classes) > 1, "one class an image needs two classes")
         last = {name: index for index, name in enumerate(self.names)}
         one_hot = (self.targets == 1).sum(1) == 1
         for right, rule in (
@@ -915,11 +924,9 @@ def choose_labelled(data, labels, seed):
         chosen.append(members[: max(1, count)])
     chosen = np.unique(np.concatenate(chosen))
     if labels >= 1 or not labels > 0:
-        require(
-            labels % 1 == 0 and len(chosen) <= labels <= len(pool),
-            f"--labels {labels} is not from {len(chosen)}, one of each class, to {len(pool)}, "
-            "all labelled images",
-        )
+        right = labels % 1 == 0 and len(chosen) <= labels <= len(pool)
+        ends = f"{len(chosen)}, one of each class, to {len(pool)}, all labelled images"
+        require(right, f"--labels {labels} is not from {ends}")
         others = random.permutation(pool[~np.isin(pool, chosen)])
         chosen = np.concatenate([chosen, others[: int(labels) - len(chosen)]])
     return np.sort(chosen)
@@ -1089,6 +1096,7 @@ def load_folder(root):
     else:
         require((root / "train").is_dir(), f"{root}: no labels.csv and no folder train")
         classes, rows = read_class_folders(files)
+        table = root / "train"
     rows = find_files(rows, root, files, table, classes)
     multilabel = choose_task(rows, table)
     split_groups(rows, table)
@@ -1203,10 +1211,8 @@ def read_labels(table):
 
     def meaning(values, column, wanted):
         """The meaning of a cell of the present row."""
-        cell, place = (
-            row.get(column, ""),
-            f"{table}, row {number} ({row['image']}), column {column}",
-        )
+        cell = row.get(column, "")
+        place = f"{table}, row {number} ({row['image']}), column {column}"
         require(cell.lower() in values, f"{place}: {cell!r} is not {wanted}")
         return values[cell.lower()]
 
@@ -1252,9 +1258,13 @@ def find_images(root):
             folders.clear()
             continue
         seen.add(identity(folder))
+        at_top = Path(folder) == Path(root)
+        if not at_top and {"views.png", "log.jsonl"} <= {*names}:
+            # An output folder of this program.
+            continue
         for path in (Path(folder, name) for name in sorted(names) if name[0] != "."):
-            at_top = path.name in ("labels.csv", "views.png") and Path(folder) == Path(root)
-            if not at_top and path.suffix not in (".uint8", ".part"):
+            ours = at_top and path.name in ("labels.csv", "views.png")
+            if not ours and path.suffix not in (".uint8", ".part"):
                 kind = images if path.suffix.lower() in ENDINGS else others
                 kind.append(path.relative_to(root).as_posix())
     return images, others
@@ -1373,8 +1383,7 @@ def load_images(names, paths, size, channels, folder):
     """The decoded images, uint8 [n, channels, size, size], memory-mapped from a file in a folder.
 
     The file has a row of HEAD for each image, then the pixels. Images that are not in it yet, or
-    whose files have changed, are decoded. So a stopped decoding goes on, and the image files may
-    be removed afterwards.
+    whose files have changed, are decoded. So a stopped decoding goes on.
     """
     key = zlib.crc32("\0".join(names).encode("utf-8", "surrogateescape"))
     file = Path(folder, f"{size}px-{channels}-{key:08x}.uint8")
@@ -1394,7 +1403,7 @@ def load_images(names, paths, size, channels, folder):
         # Of several processes the first decodes, and the others wait.
         if RANK == 0:
             decode_to(file, paths, shape, stats, head, done & ~changed)
-        time.sleep(RANK > 0)
+        time.sleep(1 if RANK else 0)
 
 
 def decode_to(file, paths, shape, stats, head, done):
@@ -1427,23 +1436,22 @@ def decode_to(file, paths, shape, stats, head, done):
         require(unchanged, f"image {paths[index]} changed while it was read; run this again")
         return pixels
 
-    with open(file, "r+b") as stream, ThreadPoolExecutor() as pool:
+    todo = np.flatnonzero(~done)
+    bar = tqdm(total=len(todo), desc="decode", unit="image")
+    with open(file, "r+b") as stream, ThreadPoolExecutor() as pool, bar:
         stream.truncate(total)
-        for index in np.flatnonzero(done):
-            # After a power failure pixels can be missing.
-            stream.seek(head.nbytes + index * length)
-            done[index] = zlib.crc32(stream.read(length)) == head["crc"][index]
-        todo = np.flatnonzero(~done)
-        with tqdm(total=len(todo), desc="decode", unit="image") as bar:
-            for block in np.split(todo, range(64, len(todo), 64)):
-                for index, pixels in zip(block, pool.map(attempt, block), strict=True):
-                    # The pixels first: a process killed here leaves no head without pixels.
-                    stream.seek(head.nbytes + index * length)
-                    stream.write(pixels)
-                    head[index] = stats[index], zlib.crc32(pixels)
-                    stream.seek(index * HEAD.itemsize)
-                    stream.write(head[index].tobytes())
-                    bar.update()
+        for block in np.split(todo, range(64, len(todo), 64)):
+            for index, pixels in zip(block, pool.map(attempt, block), strict=True):
+                stream.seek(head.nbytes + index * length)
+                stream.write(pixels)
+                head[index] = stats[index], zlib.crc32(pixels)
+                bar.update()
+            # First the pixels: what stops here leaves no head of an image that is not there.
+            stream.flush()
+            os.fsync(stream.fileno())
+            for index in block:
+                stream.seek(index * HEAD.itemsize)
+                stream.write(head[index].tobytes())
 
 
 # ---- 10. Reports and ablation --------------------------------------------------------------------
@@ -1505,7 +1513,8 @@ def report(student, teacher, data, args):
 
 def print_metrics(count, columns):
     """Print results side by side, best class first. n/a: not defined, and not in the mean."""
-    first, *_ = results = list(columns.values())
+    results = list(columns.values())
+    first = results[0]
     best_first = sorted(first["auc"], key=lambda name: -(first["auc"][name] or 0))
     rows = [(name, [each["auc"][name] for each in results]) for name in best_first]
     rows += [(name, [each[name] for each in results]) for name in first if name != "auc"]
@@ -1552,9 +1561,8 @@ def linear_probe(network, data, labelled, size):
     """
     network = copy.deepcopy(network)
     network.classifier = nn.Identity()
-    known, unseen = (
-        outputs_of(network, data, part, size).numpy() for part in (labelled, data.test)
-    )
+    known = outputs_of(network, data, labelled, size).numpy()
+    unseen = outputs_of(network, data, data.test, size).numpy()
     scores = np.full((len(data.test), len(data.classes)), np.nan)
 
     def fit(rows, truth):
@@ -1568,6 +1576,7 @@ def linear_probe(network, data, labelled, size):
     targets = data.targets[labelled]
     if not data.multilabel:
         columns, classes = fit(known, targets.argmax(1))
+        require(len(classes), "the labelled images are of one class; use more --labels")
         scores[:, classes] = columns
         return scores
     for index, truth in enumerate(targets.T):
@@ -1610,10 +1619,9 @@ def ablate(args):
     for seed in range(args.seeds):
         starts = dict(random=weights, scratch=weights)
         for name, words in STARTS.items():
-            type_command(
-                f"pretrain {words}", args.given | dict(seed=seed, out=f"{out}/{name}-{seed}")
-            )
-            starts[name] = f"{out}/{name}-{seed}/pretrain.pt"
+            folder = f"{out}/{name}-{seed}"
+            type_command(f"pretrain {words}", args.given | dict(seed=seed, out=folder))
+            starts[name] = f"{folder}/pretrain.pt"
         for row, words in ABLATION.items():
             for labels in args.labels:
                 folder = f"{row}-{Path(str(labels)).name}-{seed}".replace(" + ", "-")
@@ -1694,16 +1702,10 @@ class Run:
         networks = [state[name].state_dict().values() for name in ("student", "teacher")]
         first = checksum(*(weight.cpu() for weights in networks for weight in weights))
         settings |= plain["augment"] | dict(processes=PROCESSES, data=checksum_of(data))
-        settings |= dict(labelled=checksum(np.int64(labelled)), first_weights=first)
-        self.constant = dict(
-            version=VERSION,
-            stage=args.command,
-            args=plain,
-            settings=settings,
-            classes=data.classes,
-            channels=data.images.shape[1],
-            multilabel=data.multilabel,
-        )
+        settings |= dict(labelled=checksum(np.asarray(labelled, np.int64)), first_weights=first)
+        self.constant = dict(version=VERSION, stage=args.command, args=plain, settings=settings)
+        self.constant |= dict(classes=data.classes, multilabel=data.multilabel)
+        self.constant |= dict(channels=data.images.shape[1])
         if self.path.exists() and not args.fresh:
             self.resume()
         else:
@@ -1717,23 +1719,16 @@ class Run:
         if len(labelled):
             names = "".join(f"{data.names[index]}\n" for index in labelled)
             write_file(self.folder / "labelled.txt", names)
-        self.bar = tqdm(
-            total=args.epochs * images_per_epoch,
-            initial=done * images_per_epoch,
-            unit="image",
-            desc=args.command,
-            unit_scale=True,
-            mininterval=0.5,
-            disable=RANK > 0 or done == args.epochs,
-        )
+        silent = RANK > 0 or done == args.epochs
+        look = dict(desc=args.command, unit="image", unit_scale=True, mininterval=0.5)
+        total, first = args.epochs * images_per_epoch, done * images_per_epoch
+        self.bar = tqdm(total=total, initial=first, disable=silent, **look)
 
     def resume(self):
         """Load the checkpoint, so that the loop goes on after its last complete epoch."""
         saved, here = load_checkpoint(self.path, self.args.command), self.constant["settings"]
-        there = saved["settings"]
-        differ = [
-            f"{k} {there.get(k)} there and {here[k]} here" for k in here if there.get(k) != here[k]
-        ]
+        pairs = {name: (saved["settings"].get(name), value) for name, value in here.items()}
+        differ = [f"{name} {a} there and {b} here" for name, (a, b) in pairs.items() if a != b]
         require(not differ, f"{self.path} differs, use --fresh or --out: {'; '.join(differ)}")
         for name, value in self.state.items():
             load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
@@ -1851,7 +1846,7 @@ def write_file(path, content):
     """Write text or bytes and rename: path is the old file or the new one, never half of it."""
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         text = isinstance(content, str)
         temporary.write_bytes(content.encode("utf-8", "surrogateescape") if text else content)
         os.replace(temporary, path)
@@ -1948,7 +1943,10 @@ def keep_memory():
 
 # Options that are not in the tables: default, meaning.
 OPTIONS = dict(
-    data=("digits", "digits, cxr14, chexpert, isic2018, a folder, or FILE.npz [digits]"),
+    data=(
+        "digits",
+        "digits, cxr14, chexpert, isic2018, a folder, or FILE.npz [digits, or that of --from]",
+    ),
     root=(None, "folder of cxr14, chexpert or isic2018 [data/NAME]"),
     cache=(None, "folder for decoded images [the folder of the data]"),
     partial=(False, "use only the image files that are there"),
@@ -1959,7 +1957,7 @@ OPTIONS = dict(
     device=("auto", "auto, cpu, cuda, cuda:1 or mps [auto: cuda, else cpu]"),
     amp=(True, "bfloat16 on GPUs [on]"),
     seed=(0, "of all random numbers, not of the split [0]"),
-    start=(None, "a checkpoint, or except for predict scratch or imagenet [newest in runs/*/]"),
+    start=(None, "checkpoint, scratch or imagenet [newest of the stage before in runs/*/]"),
     files=(None, "folders or image files"),
     seeds=(3, "runs of each row [3]"),
 )
@@ -2001,8 +1999,10 @@ class Parser(argparse.ArgumentParser):
 
 def file_or_number(text):
     """A type for argparse: "all", a file, a fraction below 1, or a number of images."""
+    if text == "all" or os.path.isfile(text):
+        return text
     try:
-        return text if text == "all" or os.path.isfile(text) else float(text)
+        return int(text) if text.isdecimal() else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is not a file, a number or all") from None
 
@@ -2132,6 +2132,7 @@ def find_start(command, given):
     for path in sorted(found, key=os.path.getmtime, reverse=True):
         try:
             if "data" not in given or same_data(given, load_checkpoint(path, stage)["args"]):
+                print(f"starts from {path}")
                 return str(path)
         except UserError as error:
             print(f"warning: {error}")
@@ -2164,7 +2165,6 @@ def taken_over(saved, given, start):
 
 def reopened(command, saved, given, start):
     """Settings of a finetune.pt; only the places of data and results can be given anew."""
-    require(same_data(given | dict(root=None), saved), f"{start} has data {saved['data']}")
     free = {"start", "files", "out", "device", "data", "root", "cache", "partial", "uncertain"}
     for name in given.keys() - free:
         same = given[name] == saved.get(name)
@@ -2204,7 +2204,8 @@ def predict(args):
             path_of[item] = item
             continue
         images, others = find_images(item)
-        skipped += [f"not an image: {item}/{name}" for name in others]
+        others = [f"{item}/{name}" for name in others]
+        skipped += [f"not an image: {x}" for x in others if identity(x) != identity(args.out)]
         for name in sorted(images):
             # Of one folder: the names below it.
             path_of[name if len(args.files) == 1 else f"{item}/{name}"] = f"{item}/{name}"
@@ -2232,7 +2233,8 @@ def predict(args):
                 scores |= zip(images, outputs, strict=True)
             bar.update(len(block))
     write_predictions(Path(args.out), saved["classes"], scores, scores.values())
-    print(*sorted(skipped), sep="\n", end="\n" * bool(skipped))
+    for line in sorted(skipped):
+        print(line)
     print(f"written to {args.out}: {len(scores):,} images, with {args.start}")
     require(not skipped, f"{len(skipped):,} files were skipped, named above")
 
@@ -2258,30 +2260,33 @@ def main(argv=None):
             stream.reconfigure(errors="replace")
     status, text = 0, ""
     try:
-        args = parse_args(argv)
-        # TF32 on GPUs: faster, and exact enough for training.
-        torch.set_float32_matmul_precision("high")
-        keep_memory()
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            backend = "nccl" if choose_device(args.device).type == "cuda" else "gloo"
-            distributed.init_process_group(backend)
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else io.StringIO()):
+            args = parse_args(argv)
+            # TF32 on GPUs: faster, and exact enough for training.
+            torch.set_float32_matmul_precision("high")
+            keep_memory()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                backend = "nccl" if choose_device(args.device).type == "cuda" else "gloo"
+                distributed.init_process_group(backend)
             execute(args)
     except KeyboardInterrupt:
-        status, text = 130, "stopped; to resume, run the same command without --fresh"
+        status, text = (
+            130,
+            "stopped; to resume pretrain or finetune, run the same command without --fresh",
+        )
     except (UserError, OSError) as error:
         status, text = 2, "error: " + " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:
         # Of torch's own errors the user can fix too little memory.
-        if not re.search("out of memory|allocate", str(error)):
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate", str(error)):
             raise
         status, text = 2, "error: out of memory; use a smaller --batch or --size"
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-    # An error of all processes is said by the first: torchrun ends the others meanwhile.
+    # If all processes fail, the first prints why: torchrun ends the others while they sleep.
     time.sleep(5 * (RANK > 0 and status > 0))
-    # Only now: what stopped is gone, and with it its progress bar.
+    # Below the progress bar, which is gone by now.
     if text:
         print(text, file=sys.stderr)
     return status

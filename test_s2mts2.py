@@ -771,6 +771,17 @@ def test_without_unlabelled_images_or_weight_the_teacher_is_not_asked(record, la
         assert step.images == len(one(step.student).views) == min(labels, 8) + 8 * used
 
 
+@pytest.mark.parametrize("unlabelled, shown_images", [(0, 0), (1, 0), (2, 2), (5, 5), (8, 8)])
+def test_a_step_has_each_unlabelled_image_once_if_there_are_few(unlabelled, shown_images, record):
+    data = made_by_hand()
+    recorder = record(data, STAGE_2 + in_file(data, data.train[: 28 - unlabelled]))
+    assert len(recorder.steps) == 3 * math.ceil((28 - unlabelled) / 8)
+    for step in recorder.steps:
+        numbers = shown(data, step, "student")[8:]
+        assert len({*numbers}) == len(numbers) == shown_images
+        assert {*numbers} <= {*data.train[28 - unlabelled :].tolist()}
+
+
 def test_more_labels_than_a_batch_give_batches_of_that_size(record):
     data = made_by_hand()
     recorder = record(data, STAGE_2 + in_file(data, data.train[:20]))
@@ -2074,6 +2085,7 @@ ONE_HOT = np.eye(3)[np.arange(40) % 3]
         (dict(train=[1], test=[3, 3]), "image i3 is in train and test twice"),
         (dict(train=[3], test=[3]), "image i3 is in train and test twice"),
         (dict(classes="aba"), "class names are equal"),
+        (dict(classes="a", targets=np.ones((40, 1)), multilabel=False), "needs two classes"),
         (dict(classes=["a", "", "b"]), "class names are equal or empty"),
         (dict(names=["i8", *range(7), "i8", *range(31)]), "image i8 is there twice"),
     ],
@@ -2084,7 +2096,11 @@ def test_data_made_by_hand_is_checked_and_the_image_is_named(change, words):
 
 
 def test_data_has_the_documented_types():
-    data = replace(made_by_hand(), classes=range(3), names=range(40), train=[1, 2], test=(3,))
+    images = list(made_by_hand().images)
+    data = replace(
+        made_by_hand(), images=images, classes=range(3), names=range(40), train=[1, 2], test=(3,)
+    )
+    assert data.images.shape == (40, 1, 16, 16)
     assert data.targets.dtype == np.float32
     assert data.train.dtype == data.test.dtype == np.int64
     assert data.classes == ["0", "1", "2"]
@@ -2740,6 +2756,13 @@ def test_class_folders_of_one_class_are_refused(capsys):
     for k in range(4):
         shade(Path(f"pets/train/cat/{k}.png"), 10 + k)
     assert "two or more class folders" in error_of("pretrain --data pets", capsys)
+
+
+def test_errors_of_class_folders_do_not_speak_of_a_table():
+    names = class_folders(Path("pets"))
+    os.link(f"pets/{names[0]}", "pets/train/cat/twice.png")
+    with pytest.raises(UserError, match="^pets/train: .* are one file, there twice"):
+        load_data("pets", size=8)
 
 
 def test_names_of_columns_with_capitals_and_spaces():
@@ -3539,7 +3562,7 @@ def test_an_interrupted_decoding_goes_on(monkeypatch, decodings):
             load_data("own", size=8)
     decodings.clear()
     assert shades(load_data("own", size=8)) == expected
-    assert sorted(decodings) == [f"img{k:03d}.png" for k in range(100, 140)]
+    assert sorted(decodings) == [f"img{k:03d}.png" for k in range(64, 140)]
     assert len([*Path("own").glob("*.uint8")]) == 1
     assert not [*Path("own").glob("*.part")]
 
@@ -3556,7 +3579,7 @@ def test_an_interrupted_decoding_goes_on_only_with_unchanged_files(monkeypatch, 
     decodings.clear()
     new = {"img003.png": 203, "img130.png": 204}
     assert shades(load_data("own", size=8)) == expected | new
-    assert len(decodings) == 140 - 100 + 1
+    assert len(decodings) == 140 - 64 + 1
     assert "images have changed" in capsys.readouterr().out
 
 
@@ -3572,7 +3595,7 @@ def test_a_decoding_that_stops_early_keeps_what_an_earlier_one_left(monkeypatch,
     shade(Path("own/img003.png"), 3)
     decodings.clear()
     assert shades(load_data("own", size=8)) == expected
-    assert len(decodings) == 140 - 100 + 1
+    assert len(decodings) == 140 - 64 + 1
 
 
 def test_a_decoding_ends_well_if_another_one_has_finished_meanwhile(monkeypatch):
@@ -3597,20 +3620,21 @@ def test_images_exported_again_after_a_broken_one_are_the_new_ones():
     assert shades(load_data("own", size=8)) == expected
 
 
-def test_pixels_that_never_reached_the_disk_are_decoded_again(monkeypatch, decodings):
-    """After a power cut a block of the file can be zeros."""
-    expected = numbered_files()
-    with monkeypatch.context() as patch:
-        stop_at(patch, "img100.png", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            load_data("own", size=8)
-    (part,) = Path("own").glob("*.uint8")
-    with open(part, "r+b") as file:
-        file.seek(140 * s2mts2.HEAD.itemsize + 5 * 64)
-        file.write(bytes(64 * 3))
-    decodings.clear()
-    assert shades(load_data("own", size=8)) == expected
-    assert {"img005.png", "img006.png", "img007.png"} <= {*decodings}
+def test_pixels_reach_the_disk_before_what_says_that_they_are_there(monkeypatch):
+    """After a power cut a file has what was written before os.fsync, and perhaps more."""
+    numbered_files()
+    seen, length = [], 8 * 8
+
+    def fsync(descriptor):
+        content = Path(f"/proc/self/fd/{descriptor}").resolve().read_bytes()
+        heads = np.frombuffer(content[: 140 * s2mts2.HEAD.itemsize], s2mts2.HEAD)
+        pixels = np.frombuffer(content[len(heads.tobytes()) :], np.uint8).reshape(140, length)
+        seen.append(((heads["stat"][:, 0] > 0).sum(), (pixels == np.arange(140)[:, None]).all(1)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    load_data("own", size=8)
+    assert [heads for heads, _ in seen] == [0, 64, 128]
+    assert [pixels.sum() - pixels[0] for _, pixels in seen] == [63, 127, 139]
 
 
 def test_a_cut_off_file_of_decoded_images_is_made_anew():
@@ -4462,6 +4486,7 @@ def test_an_error_says_what_to_change(command, words, capsys):
     "error",
     [
         MemoryError("Unable to allocate 9 GiB"),
+        MemoryError(),
         RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
@@ -4516,7 +4541,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_resume(monkeypatch, capsys):
     assert s2mts2.main(["pretrain", "--fresh", "--seed", "3"]) == 130
 
     text = capsys.readouterr().err.strip()
-    assert text == "stopped; to resume, run the same command without --fresh"
+    assert text == "stopped; to resume pretrain or finetune, run the same command without --fresh"
 
 
 def test_a_terminal_with_few_letters_shows_question_marks_and_files_keep_the_letters(
@@ -4710,6 +4735,13 @@ def test_evaluate_probes_a_checkpoint_of_stage_1(small_networks, capsys):
     assert read_json("other/probe.json")["mean_auc"] != result["mean_auc"]
 
 
+def test_the_probe_of_labels_of_one_class_is_an_error(small_networks, capsys):
+    names = own_images(Path("pets"))
+    Path("one.txt").write_text(f"{names[3]}\n{names[5]}\n")
+    command = "evaluate scratch --data pets --labels one.txt"
+    assert "of one class" in error_of(command, capsys)
+
+
 def test_evaluate_probes_stage_1_on_other_data(small_networks):
     npz()
     run("pretrain --data set.npz --epochs 1 --batch 8 --size 24 --seed 3")
@@ -4808,6 +4840,60 @@ def test_evaluate_refuses_other_data_under_the_same_name(small_networks, capsys)
     npz(counts=(61, 4, 16))
 
     assert "finetune.pt is of other data" in error_of("evaluate", capsys)
+
+
+def test_evaluate_reads_data_that_were_moved(small_networks):
+    own_images(Path("pets"))
+    run("pretrain --data pets --epochs 1 --batch 8", "finetune --epochs 1 --min-steps 1")
+    Path("pets").rename("moved")
+
+    run("evaluate runs/pets/finetune.pt --data moved --out again")
+
+    assert read_json("again/metrics.json") == read_json("runs/pets/metrics.json")
+
+
+def test_predict_does_not_trip_over_its_own_table(small_networks):
+    own_images(Path("pets"))
+    run("pretrain --data pets --epochs 1 --batch 8", "finetune --epochs 1 --min-steps 1")
+
+    for _ in range(2):
+        run("predict pets/a --out pets/a/table.csv")
+
+    assert len(table("pets/a/table.csv")[1]) == 30
+
+
+@pytest.mark.parametrize("out", ["", " --out pets/results"])
+def test_what_a_run_writes_below_the_images_is_not_an_image(out, small_networks, monkeypatch):
+    own_images(Path("pets"))
+    monkeypatch.chdir("pets")
+    out = out.replace("pets/", "")
+    for _ in range(2):
+        run(f"pretrain --data . --epochs 1 --batch 8{out}")
+    (checkpoint,) = Path().rglob("pretrain.pt")
+
+    run(f"finetune --from {checkpoint} --epochs 1 --min-steps 1")
+
+    assert (checkpoint.parent / "views.png").exists()
+    assert len(load_data(".", size=8).names) == 60
+
+
+def test_views_png_of_the_user_is_an_image():
+    names = own("image,a,b,split", ["img0.png,1,0,test", "img1.png,0,1,train"], 3)
+    shade(Path(names, "more/views.png"), 77)
+    assert "more/views.png" in load_data(names, size=8).names
+
+
+@pytest.mark.parametrize("command", [SHORT, "evaluate", "predict set/0.png"])
+def test_a_start_that_was_not_named_is_printed_first(command, small_networks, capsys):
+    npz()
+    write_image(Path("set/0.png"), 0)
+    run("pretrain --data set.npz --epochs 1 --batch 8", SHORT)
+    capsys.readouterr()
+
+    run(command)
+
+    stage = "pretrain" if command == SHORT else "finetune"
+    assert capsys.readouterr().out.splitlines()[0] == f"starts from runs/set/{stage}.pt"
 
 
 def test_predict_repeats_the_predictions_for_a_folder_and_for_files(small_networks):
@@ -4920,9 +5006,16 @@ def ablation(ablation_folder, monkeypatch, small_networks):
     return read_json("out/ablation.json")
 
 
+@pytest.mark.parametrize("text, value", [("10", 10), ("0.5", 0.5), ("all", "all")])
+def test_a_given_number_of_labels_is_that_of_the_recipe(text, value):
+    """So an ablation finds the finished runs of its folder, such as scratch-supervised-10-0."""
+    labels = parse(f"finetune --from scratch --labels {text}").labels
+    assert labels == value and str(labels) == text
+
+
 def test_the_ablation_has_a_row_for_each_ingredient(ablation, capsys):
     stage_1 = dict(moco=(1, 0), jcl=(2, 2))
-    assert list(ablation) == ["6.0", "9.0"]
+    assert list(ablation) == ["6", "9"]
     for labels, rows in ablation.items():
         assert set(rows) == {
             "random + probe",
@@ -4959,7 +5052,7 @@ def test_the_ablation_has_a_row_for_each_ingredient(ablation, capsys):
 def test_rows_of_one_seed_have_the_same_labels_and_seeds_have_others(ablation):
     chosen = {
         (labels, seed): {file.read_text() for file in Path("out").glob(f"*-{labels}-{seed}/*.txt")}
-        for labels in ("6.0", "9.0")
+        for labels in ("6", "9")
         for seed in (0, 1)
     }
 
