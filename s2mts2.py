@@ -1789,8 +1789,7 @@ class Run:
         lines = read_lines(path) if path.exists() else []
         lines = [line for line in lines if f'"stage": "{self.args.command}"' not in line]
         lines += map(json.dumps, self.history)
-        if lines or path.exists():
-            write_file(path, "".join(f"{line}\n" for line in lines))
+        write_file(path, "".join(f"{line}\n" for line in lines))
 
     def write_checkpoint(self):
         """Write all that the loop needs to go on from here."""

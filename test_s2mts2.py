@@ -4877,6 +4877,19 @@ def test_what_a_run_writes_below_the_images_is_not_an_image(out, small_networks,
     assert len(load_data(".", size=8).names) == 60
 
 
+def test_views_of_a_run_that_was_stopped_in_its_first_epoch_are_no_image(
+    small_networks, monkeypatch
+):
+    own_images(Path("pets"))
+    monkeypatch.chdir("pets")
+    monkeypatch.setattr(s2mts2, "ema_update", interrupt)
+
+    assert s2mts2.main(["pretrain", "--data", ".", "--batch", "8"]) == 130
+
+    assert list(Path("runs").rglob("views.png"))
+    assert len(load_data(".", size=8).names) == 60
+
+
 def test_views_png_of_the_user_is_an_image():
     names = own("image,a,b,split", ["img0.png,1,0,test", "img1.png,0,1,train"], 3)
     shade(Path(names, "more/views.png"), 77)
