@@ -511,7 +511,8 @@ def predict_batch(network, images, size):
 # ---- 6. Settings ---------------------------------------------------------------------------------
 
 # The recipe of Chest X-ray14 in full: stage 1, stage 2 (None: not read there), meaning with unit.
-# Each row is an option, such as --batch 64, and --help prints the meaning.
+# Each row is an option, such as --batch 64, and --help prints the meaning. The values are from the
+# authors' code; the paper's own could not be compared.
 #
 # Stage 1: [authors' code] pretrain.py and dataloader.py. Not copied: LeakyReLU in the backbone, a
 # projection head of three layers, float16.
@@ -543,7 +544,7 @@ CXR14 = dict(
     weight_decay=    (1e-4,          0.0,           "L2 penalty (stage 1); of AdamW (stage 2)"),
     # The average covers about the last 1 / (1 - a) steps.
     teacher_momentum=(0.999,         0.999,         "a, the EMA decay of the teacher"),
-    # [JCL] 4 keys, t 0.2, lambda 2 (10 in its first commit, 0.25 is its option's default).
+    # JCL's own code has 4 keys, t 0.2 and the same lambda (10 in its first commit).
     keys=            (2,             None,          "M, key views of an image"),
     dim=             (128,           None,          "D, dimensions of an embedding"),
     queue=           (65536,         None,          "K, negatives; at most the training images"),
@@ -1878,8 +1879,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 
 
 def synchronise(network):
-    """BatchNorm with the statistics of all processes. PyTorch has it for GPUs only: on CPUs each
-    process normalises with its part of the batch."""
+    """BatchNorm with the statistics of all processes, on GPUs: PyTorch has it for them only."""
     common = distributed.is_initialized() and next(network.parameters()).is_cuda
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if common else network
 
@@ -1901,11 +1901,9 @@ def all_gather(tensor):
 
 
 def to_device(array, device):
-    """A tensor of an array on a device. The host does not wait for the copy."""
-    tensor = torch.from_numpy(array)
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    """A tensor of an array on a device. From pinned memory the host does not wait for the copy."""
+    tensor, gpu = torch.from_numpy(array), device.type == "cuda"
+    return (tensor.pin_memory() if gpu else tensor).to(device, non_blocking=gpu)
 
 
 def choose_device(name):

@@ -1827,6 +1827,7 @@ def imitate_gpu(fake_tensors, args):
     rand = torch.rand
     torch.rand = lambda *size, **words: 0.5 if size == ((),) else rand(*size, **words)
     torch.cuda.set_device, torch.Tensor.backward = lambda device: None, lambda loss: None
+    torch.Tensor.pin_memory = lambda tensor: tensor
     nn.Module.to, s2mts2.build_network = moved, without_batchnorm
     s2mts2.Run, s2mts2.save_views, s2mts2.report = WithoutFiles, print, print
     with torch.no_grad(), fake_tensors.FakeTensorMode(allow_non_fake_inputs=True):
