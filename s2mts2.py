@@ -1210,25 +1210,26 @@ def read_labels(table):
         require(len(classes) > 1, f"{table}: column label needs two or more classes, not {classes}")
     require(classes, f"{table}: needs a column for each class, or a column label that is filled")
 
-    def meaning(values, column, wanted):
-        """The meaning of a cell of the present row."""
-        cell = row.get(column, "")
-        place = f"{table}, row {number} ({row['image']}), column {column}"
-        require(cell.lower() in values, f"{place}: {cell!r} is not {wanted}")
-        return values[cell.lower()]
-
     rows = []
     for number, row in cells.items():
         row = dict(zip(header, row, strict=True))
-        require(row["image"], f"{table}, row {number}, column image: it is blank")
+        place = f"{table}, row {number} ({row['image']}), column"
+        require(row["image"], f"{place} image: it is blank")
         if words:
             targets = [name in words[number] if words[number] else np.nan for name in classes]
         else:
             wanted = "1, 0 or blank; write one of them, or remove the column if it is no class"
-            targets = [meaning(TARGETS, name, wanted) for name in classes]
-        part = meaning(PARTS, "split", "train, test or blank; write one of them")
+            targets = [meaning(TARGETS, row[name], f"{place} {name}", wanted) for name in classes]
+        wanted = "train, test or blank; write one of them"
+        part = meaning(PARTS, row.get("split", ""), f"{place} split", wanted)
         rows.append(Row(row["image"], "", targets, part, row.get("group", "")))
     return classes, rows
+
+
+def meaning(values, cell, place, wanted):
+    """The value of a cell. Raises UserError with the place and what is wanted there."""
+    require(cell.lower() in values, f"{place}: {cell!r} is not {wanted}")
+    return values[cell.lower()]
 
 
 def read_class_folders(files):

@@ -3022,7 +3022,7 @@ BROKEN, OWN, LABELS = "images/00000002_001.png", "b/001.png", "labels.csv"
         (folder, edit(LABELS, "image", "file"), "labels.csv: needs a column image"),
         (folder, edit(LABELS, OWN, "b/999.png"), "1 of 21 image files are missing.*root/b/999.png"),
         (folder, edit(LABELS, OWN, f"{OWN},1,0\n{OWN}"), f"{OWN} and {OWN} are one file"),
-        (folder, edit(LABELS, OWN, ""), "labels.csv, row 3, column image.* blank"),
+        (folder, edit(LABELS, OWN, ""), "labels.csv, row 3 .*column image.* blank"),
         (folder, edit(LABELS, f"{OWN},", OWN), "labels.csv: row 3 is longer or shorter than row 1"),
         (folder, edit(LABELS, f"{OWN},", f"{OWN},0,"), "labels.csv: row 3 is longer or shorter"),
         (folder, edit(LABELS, new="image,a\n"), "labels.csv"),
