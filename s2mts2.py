@@ -106,11 +106,10 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
         # network starts as exactly the one that sees three copies of the normalised grey image.
         stem = network.features.conv0
         stem.weight, stem.in_channels = nn.Parameter(stem.weight.sum(1, keepdim=True)), 1
-    features = network.classifier.in_features
-    network.classifier = nn.Linear(features, outputs)
+    width = network.classifier.in_features
+    network.classifier = nn.Linear(width, outputs)
     if head == "mlp":
-        hidden = nn.Linear(features, features)
-        network.classifier = nn.Sequential(hidden, nn.ReLU(), network.classifier)
+        network.classifier = nn.Sequential(nn.Linear(width, width), nn.ReLU(), network.classifier)
     # [plumbing] The channels of a pixel stand side by side in memory: convolutions run faster.
     return network.to(memory_format=torch.channels_last)
 
@@ -118,9 +117,8 @@ def build_network(arch, channels, outputs, head="linear", imagenet=False):
 def make_teacher(student):
     """A copy of the student. No gradient reaches it; only ema_update changes its weights.
 
-    Why no gradient, stage 1: [MoCo] a teacher that is trained by gradient descent changes fast. The
-    keys of earlier steps, which stay in the queue, would not be comparable with new ones. This also
-    saves M of M + 1 backward passes.
+    Why no gradient, stage 1: [MoCo] a teacher trained by gradient descent changes fast. Keys of
+    earlier steps stay in the queue and would not fit. This also saves M of M + 1 backward passes.
     Why no gradient, stage 2: [Mean Teacher] the consistency loss asks two networks to agree.
     [our choice] Our reason: if both could move, the two networks could collapse to a trivial
     solution, one output for all unlabelled images.
@@ -129,8 +127,7 @@ def make_teacher(student):
     stage 2 this batch has unlabelled images only; the student's batch has both kinds. In evaluation
     it uses running statistics: [our choice] the EMA of the student's, not changed by the teacher's
     own passes. They come from past students and do not fit the present teacher. So stage 1 fails if
-    its teacher uses them: measured on digits, 12 epochs, the loss stays within 0.1 of log(K + 1),
-    chance level.
+    its teacher uses them: measured on digits, 12 epochs, the loss stays within 0.1 of log(K + 1).
     """
     teacher = copy.deepcopy(student).requires_grad_(False)
     for module in teacher.modules():
@@ -352,10 +349,8 @@ def finetune(data, args):
     # BatchNorm of the teacher needs two images.
     use_unlabelled = args.consistency > 0 and len(unlabelled) >= 2 * PROCESSES
     # L and N of a step, over all processes. [our choice] Not more images than there are.
-    size_l, size_n = (
-        min(args.batch, len(images)) // PROCESSES * PROCESSES for images in (labelled, unlabelled)
-    )
-    size_n *= use_unlabelled
+    size_l = min(args.batch, len(labelled)) // PROCESSES * PROCESSES
+    size_n = min(args.batch, len(unlabelled)) // PROCESSES * PROCESSES * use_unlabelled
     require(size_l, f"{len(labelled)} labelled images are fewer than {PROCESSES} processes")
     require(size_l + size_n > PROCESSES, "BatchNorm needs two images in a step; use more --labels")
     print(f"{len(labelled):,} labelled and {len(unlabelled):,} unlabelled training images")
@@ -400,9 +395,8 @@ def finetune(data, args):
 def consistency_weight(args, epoch):
     """[authors' code] w of an epoch: 0 in the first, then it grows linearly.
 
-    After the fraction `ramp` of the epochs it is args.consistency. With ramp = 1 it grows to the
-    last epoch and ends one step below. Why 0: the classifier is random at first, and so are the
-    teacher's predictions.
+    It reaches args.consistency after the fraction `ramp` of the epochs; with ramp = 1 it ends one
+    step below. Why 0: at first the classifier is random, and so are the teacher's predictions.
     """
     return args.consistency * min(1, epoch / (args.ramp * args.epochs))
 
@@ -410,9 +404,8 @@ def consistency_weight(args, epoch):
 def warmed_up(decay, updates):
     """[Mean Teacher] EMA decay of update 1, 2, ...: 1/2, 2/3, ... but at most the given one.
 
-    As long as it is below, the teacher is the plain mean of its first weights and of n students,
-    each with weight 1 / (n + 1). So it soon forgets the untrained classifier, and also the weights
-    of stage 1.
+    Below it the teacher is the plain mean of its first weights and of n students, each with weight
+    1 / (n + 1). So it soon forgets the untrained classifier, and also the weights of stage 1.
     """
     return min(1 - 1 / (updates + 1), decay)
 
@@ -436,8 +429,7 @@ def load_networks(args, channels, classes):
             kept = saved["state"][name]
             if saved["stage"] == "pretrain":
                 kept = {key: value for key, value in kept.items() if "classifier" not in key} | new
-            # Strict: a missing or an unexpected weight is an error.
-            network.load_state_dict(kept)
+            network.load_state_dict(kept, strict=True)
     device = choose_device(args.device)
     return student.to(device), teacher.to(device)
 
@@ -477,11 +469,10 @@ def probabilities(logits, multilabel):
 
 
 def evaluate(network, data, indices, size, batch=64):
-    """Probabilities of all classes, each image once and in the given order.
+    """Probabilities of all classes, float32 [n, C]: each image once and in the given order.
 
     network  from build_network           size   int, side of a view in pixels
     indices  int64 [n], into data.images  batch  int, images at a time
-    Returns float32 [n, C].
     """
     return probabilities(outputs_of(network, data, indices, size, batch), data.multilabel).numpy()
 
