@@ -3317,6 +3317,19 @@ def test_a_large_jpeg_is_decoded_at_reduced_scale(monkeypatch):
         sizes.clear()
 
 
+@pytest.mark.parametrize(
+    "width, height, reduced", [(2000, 300, (1000, 150)), (300, 2000, (150, 1000))]
+)
+def test_the_shorter_side_of_a_jpeg_limits_the_scale(width, height, reduced, monkeypatch):
+    photograph("photo.jpg", width, height)
+    sizes, load = [], JpegImageFile.load
+    monkeypatch.setattr(
+        JpegImageFile, "load", lambda image: sizes.append(image.size) or load(image)
+    )
+    decoded("photo.jpg", 64, 3)
+    assert sizes[0] == reduced
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.tif"])
 def test_an_image_is_turned_as_its_exif_says(orientation, name):
@@ -3471,6 +3484,12 @@ def stop_at(monkeypatch, name, action):
         return original(path, *arguments)
 
     monkeypatch.setattr(s2mts2, "decode", decode)
+
+
+def test_the_bar_of_decoding_counts_each_image(capsys):
+    numbered_files(9)
+    load_data("own", size=8)
+    assert "decode: 100%" in capsys.readouterr().err
 
 
 def test_decoded_images_are_used_again(decodings):
