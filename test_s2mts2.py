@@ -5141,6 +5141,23 @@ def test_rows_without_stage_1_start_where_stage_1_starts(monkeypatch):
 # ---- runs: stopped and resumed
 
 
+def test_the_bar_shows_the_loss_when_it_is_drawn(small_networks):
+    data, args = made_by_hand(), parse("pretrain --epochs 1 --batch 8")
+    network = s2mts2.build_network("tiny", 1, 4, "mlp")
+    state = dict(student=network, teacher=network)
+    run = s2mts2.Run(data, args, 24, state)
+    drawn, shown = [False, True], []
+    run.bar.update = lambda images: drawn.pop(0)
+    run.bar.set_postfix_str = lambda text, refresh: shown.append(text)
+    run.start_epoch(0)
+
+    run.step(torch.tensor(2.5), 8)
+    run.step(torch.tensor(1.25), 8)
+
+    # Reading the loss of each step would make the host wait for a GPU.
+    assert shown == ["loss 1.250"]
+
+
 @pytest.mark.parametrize("stage", BASES)
 @pytest.mark.parametrize("update", [1, 4, 9])
 def test_a_run_stopped_by_ctrl_c_resumes_exactly(stage, update, monkeypatch, small_networks):
