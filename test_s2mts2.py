@@ -4469,6 +4469,25 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        ("pretrain", "batch 2|size 16|epochs 1|keys 1|queue 1|dim 1|temperature 0.001|lr 0"),
+        ("pretrain", "teacher-momentum 1|momentum 0|centre 0.99|crop 0.99|jitter 1|hue 1|seed 0"),
+        ("pretrain", "rotate-p 1|flip-p 1|vertical-flip-p 1|jitter-p 1|blur-p 1|erase-p 1"),
+        ("pretrain", "blur 10.3|seed 4294967295|covariance-weight 0"),
+        ("finetune --from scratch", "ramp 0.001|beta1 0.9999|beta2 0.9999|consistency 0"),
+        ("finetune --from scratch", "min-steps 0|eps 0|weight-decay 0|teacher-momentum 0"),
+        ("ablate", "seeds 2"),
+    ],
+)
+def test_the_least_and_the_largest_values_are_accepted(command, options):
+    for option in options.split("|"):
+        name, value = option.replace("covariance-weight", "lambda_").split()
+        args = vars(parse(f"{command} --{option}"))
+        assert float(value) == (args | args["augment"])[name.replace("-", "_")]
+
+
 @pytest.mark.parametrize("command", [start + end for start in BAD for end in BAD[start].split("|")])
 def test_bad_commands_end_with_one_line_and_write_nothing(command, capsys):
     Path("file").write_text("neither a folder nor a checkpoint\n")
@@ -5016,12 +5035,13 @@ def ablation_folder(tmp_path_factory):
     return path
 
 
-def test_the_ablation_keeps_a_folder_with_spaces(monkeypatch, small_networks):
+def test_the_ablation_keeps_a_folder_with_spaces(monkeypatch, small_networks, capsys):
     monkeypatch.setattr(s2mts2, "load_data", load_made)
     words = ABLATE.replace("--labels 6 9", "--labels 6").split()[:-1]
     assert s2mts2.main([*words, "my runs"]) == 0
     assert not Path("my-runs").exists()
     assert len(list(Path("my runs").iterdir())) == 1 + 2 * (2 + len(s2mts2.ABLATION))
+    assert "macro_f1, mean +- standard deviation of seeds 0 to 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("labels", ["-1", "nan", "0"])
@@ -5156,6 +5176,20 @@ def test_the_bar_shows_the_loss_when_it_is_drawn(small_networks):
 
     # Reading the loss of each step would make the host wait for a GPU.
     assert shown == ["loss 1.250"]
+
+
+def test_the_bar_is_closed_after_the_last_epoch(small_networks):
+    data, args = made_by_hand(), parse("pretrain --epochs 2 --batch 8")
+    network = s2mts2.build_network("tiny", 1, 4, "mlp")
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    state = dict(student=network, teacher=network, optimizer=optimizer)
+    run, closed = s2mts2.Run(data, args, 24, state), []
+    run.bar.close = lambda: closed.append(len(run.history))
+    for epoch in range(2):
+        run.start_epoch(epoch)
+        run.step(torch.tensor(2.5), 24)
+        run.finish_epoch()
+    assert closed == [2]
 
 
 @pytest.mark.parametrize("stage", BASES)
