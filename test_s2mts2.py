@@ -1413,6 +1413,13 @@ def test_multi_class_metrics_agree_with_scikit_learn():
     assert {name: result[name] for name in expected} == pytest.approx(expected)
 
 
+def test_specificity_of_a_single_negative():
+    truth, scores = np.array([0, 0, 1]), np.array([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
+    result = s2mts2.classification_metrics(np.eye(2)[truth], scores, "ab", False)
+    # Class a: its one negative is right. Class b: one of its two.
+    assert result["macro_specificity"] == pytest.approx((1 + 1 / 2) / 2)
+
+
 # ---- settings
 
 
