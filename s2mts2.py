@@ -23,8 +23,8 @@ last one, so the teacher can provide targets for the student.
                  |                                    +-- mean squared difference ----+    student
                  +-------> view 2 --> teacher --> p' -+           times w
 
-The teacher of stage 2 is the result; the student is tested beside it. On digits with 10 labels its
-accuracy is .88, without stage 1 .83, with labels only .63 (ten seeds, see README.md).
+The teacher of stage 2 is the result; the student is tested beside it. With 10 labels of digits its
+accuracy is .88, without stage 1 .83, with labels only .63 (ten seeds, README.md).
 
 Commands:
     a laptop            python s2mts2.py pretrain && python s2mts2.py finetune
@@ -38,8 +38,8 @@ Symbols of the paper, names in this file, shapes:
     q, k_m, n_j   query [N, D], keys [N, M, D], queue [K, D]: embeddings and negatives
     mu, Sigma     mean (it enters the queue) and covariance (never formed) of the keys of an image
     t             temperature
-    c, lambda     covariance_weight, an argument of the loss; c in the last epoch, args.lambda_
-    a, w          teacher_momentum, the EMA decay; weight of the consistency loss
+    c, lambda     covariance_weight in the loss; c in the last epoch, --covariance-weight
+    a, w          teacher_momentum, the EMA decay; weight that grows to args.consistency
     p, p'         probabilities [N, C] of student and teacher
 N images in a batch, M keys of an image, D dimensions of an embedding, K negatives, C classes; in
 stage 2, L labelled and N unlabelled images in a batch.
@@ -168,7 +168,7 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
     keys               float [N, M, D], unit length, no gradient; the positives
     queue              float [K, D], no gradient; the negatives
     temperature        float > 0, t
-    covariance_weight  float >= 0, c; c = 0 and M = 1 is MoCo's InfoNCE
+    covariance_weight  float >= 0, c; M = 1, with any c, is MoCo's InfoNCE
     Returns a scalar, the mean over the N images.
 
     InfoNCE asks which of 1 + K vectors is the key of this query. It is a cross-entropy,
@@ -300,7 +300,7 @@ def learning_rate(args, epoch):
     """[authors' code] Learning rate of an epoch, 0 <= epoch < args.epochs.
 
     "cosine" decreases towards 0. "steps" divides by 10 at 1/2 and again at 5/6 of the epochs.
-    [our choice] 1/2 and 5/6 are our reading of their epochs 15 and 25 of 30.
+    [our choice] Of 30 epochs 1/2 and 5/6 are 15 and 25, as in their script.
     """
     progress = epoch / args.epochs
     if args.schedule == "cosine":
@@ -404,7 +404,7 @@ def consistency_weight(args, epoch):
 def warmed_up(decay, updates):
     """[Mean Teacher] EMA decay of update 1, 2, ...: 1/2, 2/3, ... but at most the given one.
 
-    Below it the teacher is the plain mean of its first weights and of n students, each with weight
+    Until then the teacher is the mean of its first weights and of n students, each with weight
     1 / (n + 1). So it soon forgets the untrained classifier, and also the weights of stage 1.
     """
     return min(1 - 1 / (updates + 1), decay)
@@ -452,7 +452,7 @@ def supervised_loss(logits, targets, multilabel):
 
 
 def consistency_loss(student_logits, teacher_logits, multilabel):
-    """[paper] Mean squared difference of probabilities, from logits [N, C]. Returns a scalar.
+    """[paper] Squared difference of probabilities, mean over N and C, from logits [N, C].
 
     Probabilities, not logits: confident and very confident should count as nearly the same.
     """
@@ -502,15 +502,15 @@ def predict_batch(network, images, size):
 # ---- 6. Settings ---------------------------------------------------------------------------------
 
 # The recipe of Chest X-ray14 in full: stage 1, stage 2 (None: not read there), meaning with unit.
-# Each row is an option, such as --batch 64, and --help prints the meaning. The values are from the
-# authors' code; the paper's own could not be compared.
+# A row is an option, such as --batch 64 (lambda_: --covariance-weight); --help has its meaning. The
+# values are from the authors' code; the text of the paper was not at hand.
 #
 # Stage 1: [authors' code] pretrain.py and dataloader.py. Not copied: LeakyReLU in the backbone, a
 # projection head of three layers, float16.
 # Stage 2 is a blend, since their last script has no unlabelled image and no EMA. [authors' code]
 # Last script, finetune.py: size, batch, lr, betas, eps, schedule, labels, rotation; 10 epochs.
-# Older scripts, for CheXpert and ISIC2018: 30 epochs, EMA decay, consistency weight and its ramp.
-# These have a cosine. "steps" is from the last script; its 10 epochs end before the first step.
+# Older scripts: 30 epochs (CheXpert; ISIC2018 80 of 100), EMA decay, consistency weight, its ramp.
+# These have a cosine. "steps" is from the last script; its 10 epochs end before it divides.
 # An epoch of theirs is a pass over the labelled images. [our choice] Ours is a pass over the
 # unlabelled ones: on Chest X-ray14 about 5,300 steps, not 108; on ISIC2018 four times as many.
 # fmt: off
@@ -573,7 +573,7 @@ RECIPES = dict(
             size=224, batch=64, schedule="cosine", weight_decay=0.01,
             rotate=10.0, jitter=0.4, hue=0.4, jitter_p=0.8)),
     # [authors' code] pretrain_isic.py and the older script of stage 2, which stops at epoch 80 of a
-    # cosine and a ramp over 100. [our choice] Both end at 80; 224 px; the vertical flip; no
+    # cosine and a ramp over 100. [our choice] Ours end at 80; 224 px; the vertical flip; no
     # translation, theirs is 0.02 in both stages.
     isic2018=dict(
         pretrain=dict(
@@ -583,7 +583,7 @@ RECIPES = dict(
             size=224, epochs=80, schedule="cosine", labels=0.2, rotate=10.0, vertical_flip_p=0.5)),
     # [our choice] Chosen on held-out training images, but after an earlier recipe was seen on the
     # test images; see README, Results. Not better on held-out images, accuracy of 8 pairs of seeds
-    # (standard error): stage 2 from the probe's classifier -.022 (.011), with w at its full value
+    # (standard error): stage 2 from the probe's classifier -.022 (.011), the same with the full w
     # from the first epoch -.383 (.032); no warm-up of the EMA -.014 (.009).
     digits=dict(
         pretrain=dict(
@@ -598,7 +598,7 @@ RECIPES = dict(
     # clearly better there: lambda 0 or 1; at equal cost MoCo or five keys; in stage 1 a shorter
     # queue or another EMA decay; in stage 2 stronger views. 10 epochs of stage 2 with consistency
     # 50 were slightly better, in twice the time. With more change of colour in stage 2 it lost much
-    # of what stage 1 had added. With a few hundred images stage 2 would be too short: min_steps.
+    # of what stage 1 had added. Below 4,800 images stage 2 would be too short: min_steps.
     small=dict(
         pretrain=dict(
             arch="tiny", init="random", size=32, epochs=45, batch=128, lr=0.06,
