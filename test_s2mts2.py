@@ -5411,6 +5411,24 @@ def test_one_labelled_image_alone_is_refused_before_training(small_networks, cap
     run(command)
 
 
+def test_two_processes_that_write_one_file_do_not_disturb_each_other(monkeypatch):
+    """The second writes between the first's writing and its renaming."""
+    rename, pids = os.replace, iter((1, 2))
+    monkeypatch.setattr(os, "getpid", lambda: next(pids))
+
+    def replace_file(source, target):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", rename)
+            if Path(source).read_text() == "first":
+                s2mts2.write_file(Path("x.json"), "second")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_file)
+    s2mts2.write_file(Path("x.json"), "first")
+
+    assert os.listdir() == ["x.json"] and Path("x.json").read_text() == "first"
+
+
 # ---- checkpoints
 
 
