@@ -222,7 +222,7 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # log(K + 1). The loss starts lower, because random directions fill the queue at first and are easy
 # to reject. It rises while keys replace them, and falls when the student learns.
 # BatchNorm leakage: an embedding depends on the other images of its batch. A query and its keys
-# share them, so the student could find its keys by this trace. MoCo shuffles the images between
+# share them, so the student could find its keys by this trace. [MoCo] Images are shuffled between
 # GPUs. [our choice] Not done: BatchNorm in shuffled groups did not improve stage 1 in an earlier
 # version. Several GPUs use SyncBatchNorm as in MoCo v3 (arXiv 2104.02057): loss and statistics are
 # those of one GPU; only the random views differ.
@@ -1932,10 +1932,7 @@ def keep_memory():
 
 # Options that are not in the tables: default, meaning.
 OPTIONS = dict(
-    data=(
-        "digits",
-        "digits, cxr14, chexpert, isic2018, a folder, or FILE.npz [digits, or that of --from]",
-    ),
+    data=("digits", "digits, cxr14, chexpert, isic2018, a folder or FILE.npz [digits or --from's]"),
     root=(None, "folder of cxr14, chexpert or isic2018 [data/NAME]"),
     cache=(None, "folder for decoded images [the folder of the data]"),
     partial=(False, "use only the image files that are there"),
@@ -1946,7 +1943,7 @@ OPTIONS = dict(
     device=("auto", "auto, cpu, cuda, cuda:1 or mps [auto: cuda, else cpu]"),
     amp=(True, "bfloat16 on GPUs [on]"),
     seed=(0, "of all random numbers, not of the split [0]"),
-    start=(None, "checkpoint, scratch or imagenet [newest of the stage before in runs/*/]"),
+    start=(None, "checkpoint; but for predict also scratch, imagenet [newest in runs/*/]"),
     files=(None, "folders or image files"),
     seeds=(3, "runs of each row [3]"),
 )
@@ -2259,10 +2256,7 @@ def main(argv=None):
                 distributed.init_process_group(backend)
             execute(args)
     except KeyboardInterrupt:
-        status, text = (
-            130,
-            "stopped; to resume pretrain or finetune, run the same command without --fresh",
-        )
+        status, text = 130, "stopped; to resume a stage, run the same command without --fresh"
     except (UserError, OSError) as error:
         status, text = 2, "error: " + " ".join(str(error).split())
     except (MemoryError, RuntimeError) as error:

@@ -4587,7 +4587,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_resume(monkeypatch, capsys):
     assert s2mts2.main(["pretrain", "--fresh", "--seed", "3"]) == 130
 
     text = capsys.readouterr().err.strip()
-    assert text == "stopped; to resume pretrain or finetune, run the same command without --fresh"
+    assert text == "stopped; to resume a stage, run the same command without --fresh"
 
 
 def test_a_terminal_with_few_letters_shows_question_marks_and_files_keep_the_letters(
