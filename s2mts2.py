@@ -897,7 +897,8 @@ def choose_labelled(data, labels, seed):
     [ACPL] A fraction: for each class, "No Finding" counted as one class, this fraction of its
     images at random; the union of these. A fraction of all images could miss rare classes.
     [our choice] Rounded to the nearest number, at least one; [ACPL] there rounded down. A number:
-    one image of each class, then images at random.
+    as many of each class as can be, the rest from classes at random; multi-label: one of each
+    class, then images at random.
     """
     pool = data.train[data.known[data.train]]
     if labels != "all" and isinstance(labels, (str, os.PathLike)):
@@ -907,21 +908,26 @@ def choose_labelled(data, labels, seed):
         return np.sort(pool[[name in wanted for name in names]])
     if labels == "all":
         return np.sort(pool)
-    random, chosen = np.random.RandomState(seed), []
-    positive = data.targets[pool] == 1
-    # Without a positive target: "No Finding". Multi-class data has no such images.
-    for column in [*positive.T, ~positive.any(1)]:
-        members = random.permutation(pool[column])
-        count = math.floor(labels * len(members) + 0.5) if labels < 1 else 1
-        chosen.append(members[: max(1, count)])
-    chosen = np.unique(np.concatenate(chosen))
-    if labels >= 1 or not labels > 0:
-        right = labels % 1 == 0 and len(chosen) <= labels <= len(pool)
-        ends = f"{len(chosen)}, one of each class, to {len(pool)}, all labelled images"
-        require(right, f"--labels {labels} is not from {ends}")
-        others = random.permutation(pool[~np.isin(pool, chosen)])
-        chosen = np.concatenate([chosen, others[: int(labels) - len(chosen)]])
-    return np.sort(chosen)
+    random, positive = np.random.RandomState(seed), data.targets[pool] == 1
+    # Each class in random order. Without a positive target: "No Finding", which multi-class data
+    # does not have.
+    classes = [random.permutation(pool[column]) for column in [*positive.T, ~positive.any(1)]]
+    if 0 < labels < 1:
+        counts = [max(1, math.floor(labels * len(members) + 0.5)) for members in classes]
+        chosen = [members[:count] for members, count in zip(classes, counts, strict=True)]
+        return np.unique(np.concatenate(chosen))
+    # The place of an image in the order of its class, in the first order if it is in several.
+    place = np.full(len(data.names), len(data.names))
+    for members in classes:
+        place[members] = np.minimum(place[members], np.arange(len(members)))
+    if data.multilabel:
+        place = np.minimum(place, 1)
+    least = (place == 0).sum()
+    right = labels % 1 == 0 and least <= labels <= len(pool)
+    ends = f"{least}, one of each class, to {len(pool)}, all labelled images"
+    require(right, f"--labels {labels} is not from {ends}")
+    order = np.lexsort([random.random_sample(len(pool)), place[pool]])
+    return np.sort(pool[order[: int(labels)]])
 
 
 def load_digits():
