@@ -68,7 +68,6 @@ import shlex
 import sys
 import time
 import zlib
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -827,8 +826,9 @@ def warn_of_copies(data, hashes, what):
     """Warn of test images that are among other images, of which the hashes are given."""
     copies = data.test[np.isin(data.hashes[data.test], hashes)]
     if len(copies):
-        same = np.flatnonzero(data.hashes == data.hashes[copies[0]])[:3]
-        names = " and ".join(data.names[index] for index in same)
+        same = np.flatnonzero(data.hashes == data.hashes[copies[0]])
+        pair = [copies[0], *np.setdiff1d(same, data.test)[:1]]
+        names = " and ".join(data.names[index] for index in pair)
         warn(f"{len(copies):,} test images are also {what}, such as {names}")
 
 
@@ -974,7 +974,8 @@ def from_table(title, size, table, rows, classes, channels, multilabel):
     require(not len(clash), f"{table}: group {clash[:1]} is in train and in test")
     train, test = np.flatnonzero(~test), np.flatnonzero(test & labelled)
     names, paths = [row["image"] for row in rows], [row["path"] for row in rows]
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    ordered = sorted(names)
+    twice = [name for name, after in zip(ordered, ordered[1:], strict=False) if name == after]
     require(not twice, f"{table}: image {twice[:1]} is there twice")
     images, hashes = load_images(paths, size, channels)
     return Data(title, images, targets, classes, names, train, test, multilabel, hashes)
@@ -1398,9 +1399,10 @@ class Run:
         # Plain values, whatever a notebook gave.
         plain = json.loads(json.dumps(vars(args), default=str))
         settings = {name: plain[name] for name in (*CXR14, "seed", "amp") if name in plain}
-        settings |= plain["augment"] | dict(processes=PROCESSES)
+        settings |= plain["augment"]
         shown = ", ".join(f"{name} {value}" for name, value in settings.items())
         # What else the result depends on. Labels and test images are no part of stage 1.
+        settings["number of processes"] = PROCESSES
         weights = [x for name in ("student", "teacher") for x in state[name].state_dict().values()]
         settings["first weights"] = hash_of(*(x.cpu().numpy().tobytes() for x in weights))
         settings["training images"] = hash_of(data.hashes[data.train].tobytes())
@@ -1416,7 +1418,8 @@ class Run:
                 there = saved["settings"].get(name)
                 if here != there:
                     # Of hashes, whose names have two words, only the name says something.
-                    differ.append(name if " " in name else f"{name} {there} there and {here} here")
+                    text = f"{option_of(name)} {there} there and {here} here"
+                    differ.append(name if " " in name else text)
             require(not differ, f"{self.path} differs, use --fresh or --out: {'; '.join(differ)}")
             for name, value in state.items():
                 load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
@@ -1437,16 +1440,16 @@ class Run:
                 seen = np.setdiff1d(seen, data.hashes[data.train])
                 remedy = "a column split keeps the old test set"
                 warn_of_copies(data, seen, f"training images of {args.start} ({remedy})")
-        self.write_log()
         self.epochs_done = done = len(self.history)
         device = next(state["student"].parameters()).device
         everywhere = all_gather(torch.tensor([done], device=device)).tolist()
         require(everywhere == [done] * PROCESSES, f"copy {self.path} to all machines")
+        self.write_log()
         status = "finished" if done == args.epochs else f"epoch {done + 1} of {args.epochs}"
         print(f"{args.command}, {status}, on {device}: {self.path}, from {args.start or args.init}")
         print(shown)
-        total, silent = args.epochs * steps, RANK > 0 or done == args.epochs
-        self.bar = tqdm(None, args.command, total, initial=done * steps, disable=silent)
+        look = dict(initial=done * steps, mininterval=0.5, disable=RANK > 0 or done == args.epochs)
+        self.bar = tqdm(None, args.command, args.epochs * steps, **look)
 
     def steps(self, epoch, batches):
         """Yield the batches of an epoch. Seeds torch, so that a resumed run equals another."""
@@ -1617,7 +1620,7 @@ OPTIONS = dict(
     device=("auto", "auto, cpu, cuda, cuda:1 or mps [auto: cuda, else cpu]"),
     amp=(True, "bfloat16 on GPUs [on]"),
     seed=(0, "of all random numbers, not of the split [0]"),
-    start=(None, "checkpoint; but for predict also scratch, imagenet [newest in runs/*/]"),
+    start=(None, "checkpoint; for stage 2 and probe also scratch, imagenet [newest in runs/*/]"),
     files=(None, "folders or image files"),
     seeds=(3, "runs of each row [3]"),
 )
@@ -1724,7 +1727,8 @@ def settings_of(command, given):
     require(3 * values["blur"] <= size - 1, "--blur must be below a third of --size")
     require(values["batch"] % PROCESSES == 0, f"--batch is no multiple of {PROCESSES} processes")
     files = known and values["data"] != "digits"
-    require(files or not {"root", "partial"} & {*given}, "--root and --partial need a known --data")
+    for name in ("root", "partial", "uncertain"):
+        require(files or name not in given, f"--{name} is for cxr14, chexpert and isic2018")
     # Absolute, so that a checkpoint has its data from any folder.
     if files:
         values["root"] = os.path.abspath(values["root"] or f"data/{values['data']}")
@@ -1833,12 +1837,13 @@ def main(argv=None):
         status, text = 2, "error: " + " ".join(str(error).split())
     except (MemoryError, torch.OutOfMemoryError):
         status, text = 2, "error: out of memory; use a smaller --batch or --size"
+    if text and PROCESSES > 1:
+        # torchrun's store counts the processes that fail. The first one prints and ends the others.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        if distributed.TCPStore(*address, is_master=False).add("failed", 1) > 1:
+            time.sleep(60 if status == 2 else 0)
+            text = ""
     if text:
-        if PROCESSES > 1:
-            # torchrun's store counts. Only the first process that fails prints; it ends the others.
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            if distributed.TCPStore(*address, is_master=False).add("failed", 1) > 1:
-                time.sleep(60)
         print(text, file=sys.stderr)
     if distributed.is_initialized():
         distributed.destroy_process_group()
