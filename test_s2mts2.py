@@ -1443,6 +1443,13 @@ def stop(monkeypatch):
     return events
 
 
+def test_an_unfinished_stage_1_is_named(run, small, stop):
+    stop.at = 16
+    run(PRETRAIN, 130)
+    assert len(read("runs/set/pretrain.pt")[1]) == 1
+    assert "not finished" in run(SHORT)[1]
+
+
 def test_labels_that_are_added_after_stage_1(run, small, stop):
     pets()
     command, table = f"{PRETRAIN} --data pets", Path("pets/labels.csv")
