@@ -65,6 +65,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import zlib
@@ -219,7 +220,6 @@ def joint_contrastive_loss(query, keys, queue, temperature, covariance_weight):
 # The loss: a student that knows nothing gives all 1 + K vectors the same probability: log(K + 1).
 # It starts lower, because the random directions in the queue are easy to reject, rises while keys
 # replace them (often within the first epoch, of which the mean is printed), and falls by learning.
-#
 # BatchNorm leakage: an embedding depends on the other images of its batch. A query and its keys
 # share them, so the student could find its keys by this trace. [MoCo] Images are shuffled between
 # GPUs. [our choice] Not done: it did not help in an earlier version. SyncBatchNorm, as in MoCo v3
@@ -801,7 +801,7 @@ def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
     partial    bool: use only the image files that are there
     """
     if name in KNOWN and os.path.isdir(name):
-        warn(f"{name} is the data set of this name; for the folder write ./{name}")
+        warn(f"{name} is the data set {name}; for the folder write ./{name}, or --root {name}")
     path = Path(root or f"data/{name}") if name in KNOWN else Path(name)
     if name == "digits":
         data = load_digits()
@@ -832,10 +832,18 @@ def warn_of_copies(data, hashes, what):
     """Warn of test images that are among other images, of which the hashes are given."""
     copies = data.test[np.isin(data.hashes[data.test], hashes)]
     if len(copies):
-        same = np.flatnonzero(data.hashes == data.hashes[copies[0]])
-        pair = [copies[0], *np.setdiff1d(same, data.test)[:1]]
-        names = " and ".join(data.names[index] for index in pair)
+        same = data.train[data.hashes[data.train] == data.hashes[copies[0]]]
+        names = " and ".join(data.names[index] for index in [copies[0], *same[:1]])
         warn(f"{len(copies):,} test images are also {what}, such as {names}")
+
+
+def warn_of_seen(data, start):
+    """Warn of test images that stage 1 was trained on, such as images that were labelled later."""
+    if start not in ("scratch", "imagenet"):
+        seen = np.array(load_checkpoint(start, "pretrain")["images"], np.uint64)
+        seen = np.setdiff1d(seen, data.hashes[data.train])
+        remedy = "a column split keeps the old test set"
+        warn_of_copies(data, seen, f"training images of {start} ({remedy})")
 
 
 def choose_labelled(data, labels, seed):
@@ -865,7 +873,9 @@ def choose_labelled(data, labels, seed):
         wanted = {line.strip() for line in read_text(labels).splitlines()} - {""}
         names = np.array(data.names)[pool]
         other = sorted(wanted.difference(names))
-        require(wanted and not other, f"--labels {labels}: no labelled training image {other[:1]}")
+        require(
+            wanted and not other, f"--labels {labels}: no labelled training image {other[:1]!a}"
+        )
         chosen = pool[np.isin(names, list(wanted))]
     elif 0 < labels < 1:
         counts = [max(1, math.floor(labels * len(members) + 0.5)) for members in classes]
@@ -922,13 +932,16 @@ def load_npz(path):
     require(len({y.shape[1] for y in labels}) == 1, f"{path}: the parts have not the same labels")
     first_test = len(labels[0]) + len(labels[1])
     images, labels = np.concatenate(images).transpose(0, 3, 1, 2), np.concatenate(labels)
-    multilabel, known = labels.shape[1] > 1, (labels >= 0).any(1)
-    count = 2 if multilabel else len(np.unique(labels[known]))
+    known = (labels >= 0).any(1)
+    multilabel = labels.shape[1] > 1 or not known.any()
+    count = 2 if labels.shape[1] > 1 else len(np.unique(labels[known]))
     wrong = np.setdiff1d(labels, range(-1, count))[:1]
     require(
         not len(wrong), f"{path}: label {wrong} is not from 0 to {count - 1}, without gaps, or -1"
     )
-    targets = np.where(labels < 0, np.nan, labels if multilabel else labels == np.arange(count))
+    targets = np.where(
+        labels < 0, np.nan, labels if labels.shape[1] > 1 else labels == range(count)
+    )
     index = np.arange(len(labels))
     # Unlabelled images of the test part are in neither part.
     train, test = index[:first_test], index[first_test:][known[first_test:]]
@@ -950,6 +963,8 @@ def from_table(title, size, table, rows, classes, channels, multilabel):
     if all("label" in row for row in rows):
         labels = [{each.strip() for each in row["label"].split("|")} - {""} for row in rows]
         classes = classes or sorted(set().union(*labels) - {"No Finding"})
+        wrong = [each for each in classes if each.lower() in ("nan", "na", "n/a", "none", "-1")]
+        require(not wrong, f"{table}: label {wrong} is no class; leave it blank")
         cells = [{each: str(int(each in found)) for each in classes if found} for found in labels]
     for row, cell in zip(rows, cells, strict=True):
         wrong = [(each, cell[each]) for each in classes if cell.get(each, "") not in CELLS]
@@ -993,8 +1008,9 @@ def from_table(title, size, table, rows, classes, channels, multilabel):
 
 def load_cxr14(root):
     """NIH Chest X-ray14: 14 findings, the official lists of training and test images."""
-    # The name of the newer table, ..._v2020.csv, is the larger one.
-    table = max(root.glob("Data_Entry_2017*.csv"), default=root / "Data_Entry_2017_v2020.csv")
+    table = root / "Data_Entry_2017_v2020.csv"
+    if not table.exists():
+        table = root / "Data_Entry_2017.csv"
     _, cells = read_csv(table, "Image Index", "Finding Labels")
     label_of = {row["Image Index"]: row["Finding Labels"] for row in cells}
     # JPEG copies have the same names. Of two files the .png is used, the last one.
@@ -1043,7 +1059,8 @@ def load_isic2018(root):
     """ISIC2018 task 3: photographs of skin lesions, 7 classes. 80 % of the lesions train."""
     prefix = "ISIC2018_Task3_Training_"
     table = root / f"{prefix}GroundTruth" / f"{prefix}GroundTruth.csv"
-    header, rows = read_csv(table, "image")
+    classes = ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"]
+    _, rows = read_csv(table, "image", *classes)
     groupings = next(root.rglob(f"{prefix}LesionGroupings.csv"), None)
     lesions = read_csv(groupings, "image", "lesion_id")[1] if groupings else []
     lesion_of = {row["image"]: row["lesion_id"] for row in lesions}
@@ -1054,7 +1071,7 @@ def load_isic2018(root):
     if alone:
         text = f"{alone:,} images have no lesion in {prefix}LesionGroupings.csv"
         warn(f"{text}, so that a lesion can be in train and in test; add it to {root}")
-    return table, rows, [name for name in header if name != "image"], 3, False
+    return table, rows, classes, 3, False
 
 
 def load_folder(root):
@@ -1078,7 +1095,8 @@ def load_folder(root):
     named = {row["image"] for row in rows}
     gone = sorted(named.difference(files))
     text = f"{table}: the folder has no image {gone[:1]!a}, of {len(gone):,}; the names must be"
-    require(not gone, f"{text} equal, with path, ending, upper and lower case, and Unicode form")
+    text += " equal, also in upper and lower case and Unicode form; . @ __ first are left out"
+    require(not gone, text)
     for name in named.symmetric_difference(files):
         part, _, below = ("", "", "") if there else name.partition("/")
         label = below.split("/")[0] if part in ("train", "test") and "/" in below else ""
@@ -1086,7 +1104,7 @@ def load_folder(root):
     for row in rows:
         row["path"] = f"{root}/{row['image']}"
     rows.sort(key=lambda row: row["image"])
-    return table, rows, classes, None, None
+    return table if there else root, rows, classes, None, None
 
 
 def find_images(root):
@@ -1174,7 +1192,10 @@ def load_images(paths, size, channels):
     text = f"{len(gone):,} image files are missing, such as {gone[:1]}; add them or correct"
     require(not gone, f"{text} the table (for cxr14, chexpert and isic2018: --partial)")
     stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
-    state = [channels, *((path, stat.st_size, stat.st_mtime_ns) for path, stat in stats)]
+    state = [
+        channels,
+        *((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats),
+    ]
     key = hash_of(repr(state).encode("utf-8", "surrogateescape"))
     file = Path("runs", "decoded", f"{size}px-{key:016x}.npy")
     # Of the processes of a machine the first decodes, and the others wait.
@@ -1292,6 +1313,7 @@ def linear_probe(data, args):
     # "scratch" is then the network that finetune starts from.
     seed_torch(args.seed, "finetune")
     _, teacher = load_networks(args, data.images.shape[1], data.classes)
+    warn_of_seen(data, args.start)
     teacher.classifier = nn.Identity()
     known = evaluate(teacher, data, labelled, args.size, classify=False)
     unseen = evaluate(teacher, data, data.test, args.size, classify=False)
@@ -1419,7 +1441,7 @@ class Run:
         settings["number of processes"] = PROCESSES
         weights = [x for name in ("student", "teacher") for x in state[name].state_dict().values()]
         settings["first weights"] = hash_of(*(x.cpu().numpy().tobytes() for x in weights))
-        settings["training images"] = hash_of(data.hashes[data.train].tobytes())
+        settings["training images or their order"] = hash_of(data.hashes[data.train].tobytes())
         if args.command == "finetune":
             for name, some in (("labelled images", labelled), ("test images", data.test)):
                 settings[name] = hash_of(data.hashes[some].tobytes(), data.targets[some].tobytes())
@@ -1448,12 +1470,7 @@ class Run:
         if args.command == "finetune":
             names = "".join(f"{data.names[index]}\n" for index in labelled)
             write_file(self.folder / "labelled.txt", names)
-            if args.start not in ("scratch", "imagenet"):
-                # Such as images that were labelled after stage 1.
-                seen = np.array(load_checkpoint(args.start, "pretrain")["images"], np.uint64)
-                seen = np.setdiff1d(seen, data.hashes[data.train])
-                remedy = "a column split keeps the old test set"
-                warn_of_copies(data, seen, f"training images of {args.start} ({remedy})")
+            warn_of_seen(data, args.start)
         self.epochs_done = done = len(self.history)
         device = next(state["student"].parameters()).device
         everywhere = all_gather(torch.tensor([done], device=device)).tolist()
@@ -1674,9 +1691,12 @@ class Parser(argparse.ArgumentParser):
 
 def file_or_number(text):
     """A type for argparse: "all", a file, a fraction below 1, or a number of images."""
-    if text == "all" or os.path.isfile(text):
-        return text
-    return int(text) if text.isdecimal() else float(text)
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        if text == "all" or os.path.isfile(text):
+            return text
+        raise argparse.ArgumentTypeError(f"{text} is not a number, all, or a file") from None
 
 
 def option_of(name):
@@ -1770,8 +1790,9 @@ def taken_over(command, given):
         size = ["size"] if "size" in saved["given"] else []
         names = ["data", "root", "partial", "uncertain", "recipe", *size]
         values |= {name: saved[name] for name in names}
+        print(f"data of {start}: {saved['root'] or saved['data']}")
         # Results stand beside stage 1, but never outside the present folder.
-        folder = Path(start).resolve().parent
+        folder = Path(os.path.abspath(start)).parent
         if folder.is_relative_to(Path.cwd()):
             values["out"] = os.path.relpath(folder)
     return values
@@ -1832,6 +1853,10 @@ def main(argv=None):
     status, text = 0, ""
     try:
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else io.StringIO()):
+            if PROCESSES > 1:
+                # First of all, so that an error of one machine ends the others too.
+                gpu = torch.cuda.is_available()
+                distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
             args = parse_args(argv)
             # TF32 on GPUs: faster, and exact enough for training.
             torch.set_float32_matmul_precision("high")
@@ -1841,9 +1866,6 @@ def main(argv=None):
                 mallopt = ctypes.CDLL(None).mallopt
                 mallopt(-3, 2**27) or mallopt(-3, 2**25)
                 mallopt(-1, -1)
-            if PROCESSES > 1:
-                backend = "nccl" if choose_device(args.device).type == "cuda" else "gloo"
-                distributed.init_process_group(backend)
             execute(args)
     except KeyboardInterrupt:
         status, text = 130, "stopped; to resume a stage, run the same command without --fresh"
@@ -1865,4 +1887,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    # What ends a job on a cluster is as Ctrl-C: no half file stays.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

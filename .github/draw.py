@@ -22,9 +22,9 @@ for panel, name, metric in zip(panels, ("digits", "xray"), ("accuracy", "mean_au
     for row, look in ROWS.items():
         values = np.array([(table[x] | pixels[x])[row][metric] for x in table])
         panel.errorbar(places, values.mean(1), values.std(1, ddof=1), marker=".", capsize=2, **look)
-    panel.set(xscale="log", xlabel="labelled images", xticks=places, xticklabels=list(table))
+    panel.set(xscale="log", xticks=places, xticklabels=list(table))
     panel.minorticks_off()
-    title = dict(digits="digits: accuracy", xray="chest X-rays (PneumoniaMNIST): mean AUC")[name]
-    panel.set_title(f"{title}, mean and deviation of seeds", fontsize=10)
+    panel.set_xlabel("labelled images; bars: standard deviation of seeds")
+    panel.set_title(dict(digits="digits: accuracy", xray="chest X-rays: mean AUC")[name])
 panels[0].legend(frameon=False, fontsize=9)
 figure.savefig(HERE / "results.png", dpi=150)
