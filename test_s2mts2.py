@@ -836,7 +836,7 @@ CASES = [
     (own("image,label; 1.png,cat,x; 2.png,dog"), "error: labels.csv 1.png longer"),
     (own("image,label,group; 1.png,cat,; 2.png,dog"), "error: labels.csv 2.png shorter"),
     (own("image,label; 1.png,cat; 2.png,nan; 3.png,dog"), "error: labels.csv 'nan' blank"),
-    (own("image,label,a; 1.png,x,1; 2.png,y,0"), "one of x y: 1=10 2=01 + warning, columns beside label"),
+    (own("image,label,a; 1.png,x,1; 2.png,y,0"), "one of x y: 1=10 2=01 + warning, beside"),
     (own(None, "train/a/1.png train/b/2.png test/a/3.png test/4.png"),
      "one of a b: 1=10 2=01 / 3=10 / 4=??"),
     (npz([[0, 1]], [[1]], [[0, 1]]), "error: set.npz same labels"),
