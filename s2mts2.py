@@ -392,7 +392,7 @@ def finetune(data, args):
 def consistency_weight(args, epoch):
     """[authors' code] w of an epoch: 0 in the first, then it grows linearly to args.consistency.
 
-    It takes the fraction `ramp` of the epochs. If that is 1, the last of n epochs has (n - 1) / n
+    Growing takes the fraction `ramp` of the epochs. If that is 1, the last of n epochs has (n - 1) / n
     of args.consistency. Why 0: at first the classifier is random, and so are the predictions.
     """
     return args.consistency * min(1, epoch / (args.ramp * args.epochs))
@@ -1453,7 +1453,7 @@ class Run:
             for name, here in settings.items():
                 there = saved["settings"].get(name)
                 if here != there:
-                    # Of hashes, whose names have two words, only the name says something.
+                    # Names with a space are of hashes, whose values say nothing.
                     text = f"{option_of(name)} {there} there and {here} here"
                     differ.append(name if " " in name else text)
             require(not differ, f"{self.path} differs, use --fresh or --out: {'; '.join(differ)}")
