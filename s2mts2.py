@@ -392,7 +392,7 @@ def finetune(data, args):
 def consistency_weight(args, epoch):
     """[authors' code] w of an epoch: 0 in the first, then it grows linearly to args.consistency.
 
-    Growing takes the fraction `ramp` of the epochs. If that is 1, the last of n epochs has (n - 1) / n
+    This takes the fraction `ramp` of the epochs. If that is 1, the last of n has (n - 1) / n
     of args.consistency. Why 0: at first the classifier is random, and so are the predictions.
     """
     return args.consistency * min(1, epoch / (args.ramp * args.epochs))
