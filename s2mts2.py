@@ -265,7 +265,7 @@ def pretrain(data, args):
         order = batches(data.train, steps, args.batch, args.seed, epoch)
         # [plumbing] Seeds torch, so that a resumed run equals an uninterrupted one; draws the bar.
         for indices in run.steps(epoch, order):
-            images = to_device(data.images[indices], device)  # uint8 [N, channels, height, width]
+            images = torch.from_numpy(data.images[indices]).to(device)  # uint8 [N, channels, ...]
             copies = images.repeat_interleave(args.keys, 0)  # uint8 [N * M, channels, ...]
             query_views = random_views(images, args.augment, args.size)  # [N, channels, size, size]
             key_views = random_views(copies, args.augment, args.size)  # [N * M, channels, ...]
@@ -362,12 +362,12 @@ def finetune(data, args):
         order_n = batches(unlabelled, steps, size_n, args.seed, epoch)
         pairs = run.steps(epoch, zip(order_l, order_n, strict=True))
         for step, (indices_l, indices_n) in enumerate(pairs):
-            targets = to_device(data.targets[indices_l], device)  # [L, C]
-            images = to_device(data.images[indices_l], device)  # uint8 [L, channels, ...]
+            targets = torch.from_numpy(data.targets[indices_l]).to(device)  # [L, C]
+            images = torch.from_numpy(data.images[indices_l]).to(device)  # [L, channels, ...]
             views = random_views(images, args.augment, args.size)  # [L, channels, size, size]
             if use_unlabelled:
                 # [Mean Teacher] Each network has its own view. [authors' code] Both see the same.
-                images = to_device(data.images[indices_n], device)  # uint8 [N, channels, ...]
+                images = torch.from_numpy(data.images[indices_n]).to(device)  # [N, channels, ...]
                 teacher_views = random_views(images, args.augment, args.size)
                 student_views = random_views(images, args.augment, args.size)
                 views = torch.cat([views, student_views])  # [L + N, channels, size, size]
@@ -758,29 +758,22 @@ class Data:
     hashes: np.ndarray = None  # uint64 [n], equal for equal images; of the pixels unless given
 
     def __post_init__(self):
-        self.images = np.asanyarray(self.images)
-        self.targets = np.asarray(self.targets, np.float32)
+        self.images, self.targets = np.asanyarray(self.images), np.asarray(self.targets, np.float32)
         self.train, self.test = np.asarray(self.train, np.int64), np.asarray(self.test, np.int64)
         self.classes, self.names = list(map(str, self.classes)), list(map(str, self.names))
-        count, one_hot = len(self.names), (self.targets == 1).sum(1) == 1
+        count, used = len(self.names), [*self.train, *self.test]
         right = self.images.dtype == np.uint8 and self.images.shape[:-2] in ((count, 1), (count, 3))
         right &= self.targets.shape == (count, len(self.classes))
         require(right, "not n names, images uint8 [n, 1 or 3, height, width], targets [n, classes]")
-        require(len(self.train), "there is no training image")
-        inside = np.isin([*self.train, *self.test], np.arange(count)).all()
-        require(inside, "train and test must be indices of images")
+        require(len({*self.names}) == count, "two images have the same name")
         require(len({*self.classes} - {""}) == len(self.classes), "class names are equal or empty")
         require(self.multilabel or len(self.classes) > 1, "one class an image needs two classes")
-        last = {name: index for index, name in enumerate(self.names)}
-        used = np.bincount([*self.train, *self.test], minlength=count)
-        for right, rule in (
-            (np.arange(count) == [last[name] for name in self.names], "is there twice"),
-            (used < 2, "is in train and test twice"),
-            (np.isin(np.nan_to_num(self.targets), (0, 1)).all(1), "has a wrong target"),
-            (self.multilabel | ~self.known | one_hot, "is not one-hot"),
-            (self.known | ~np.isin(np.arange(count), self.test), "is in test without label"),
-        ):
-            require(right.all(), f"image {self.names[right.argmin()]} {rule}")
+        require(np.isin(np.nan_to_num(self.targets), (0, 1)).all(), "a target is not 0, 1 or NaN")
+        one_hot = (self.targets == 1).sum(1) == 1
+        require(self.multilabel or one_hot[self.known].all(), "a row of targets is not one-hot")
+        require(len(self.train), "there is no training image")
+        require(len({*used} & {*range(count)}) == len(used), "train and test: an index is wrong")
+        require(self.known[self.test].all(), "a test image has no label")
         if self.hashes is None:
             self.hashes = np.array([hash_of(image.tobytes()) for image in self.images], np.uint64)
 
@@ -815,35 +808,35 @@ def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
         require(rows, f"{path}: there is no image of {name}")
         title = os.path.basename(os.path.abspath(name))
         data = from_table(title, size, table, rows, *meaning)
-    train, test, known = data.train, data.test, data.known
-    used = np.isin(np.arange(len(known)), [*train, *test])
-    shown = f"{(used & known).sum():,} labelled, {(used & ~known).sum():,} unlabelled"
-    shown = f"{shown}, {(~used).sum():,} not used; {len(train):,} train, {len(test):,} test"
+    known, used = data.known, np.concatenate([data.train, data.test])
+    shown = f"{len(known):,} images, {len(known) - len(used):,} of them not used"
+    shown = f"{shown}; {len(data.train):,} train, {known[data.train].sum():,} of them labelled"
     kind = "multi-label" if data.multilabel else "one class an image"
-    counts = map("{} {:,.0f}".format, data.classes, np.nansum(data.targets[used & known], 0))
-    print(f"{data.name}: {len(used):,} images, {shown}; {kind}: {', '.join(counts)}")
-    warn_of_copies(data, data.hashes[train], "training images")
-    if not (known[train].any() and len(test)):
+    counts = map("{} {:,.0f}".format, data.classes, np.nansum(data.targets[used[known[used]]], 0))
+    print(f"{data.name}: {shown}; {len(data.test):,} test; {kind}: {', '.join(counts)}")
+    warn_of_copies(data)
+    if not (known[data.train].any() and len(data.test)):
         warn("stage 2 needs labelled images in train and in test; see README.md, Your own images")
     return data
 
 
-def warn_of_copies(data, hashes, what):
-    """Warn of test images that are among other images, of which the hashes are given."""
+def warn_of_copies(data, start=None):
+    """Warn of test images that are also training images.
+
+    start  a checkpoint of stage 1: warn of its training images that have become test images since;
+           or scratch, or imagenet
+    """
+    hashes, what = data.hashes[data.train], "training images"
+    if start:
+        stage_1 = start not in ("scratch", "imagenet") and load_checkpoint(start, "pretrain")
+        seen = np.array(stage_1["images"] if stage_1 else [], np.uint64)
+        hashes = np.setdiff1d(seen, hashes)
+        what = f"training images of {start} (a column split keeps the old test set)"
     copies = data.test[np.isin(data.hashes[data.test], hashes)]
     if len(copies):
         same = data.train[data.hashes[data.train] == data.hashes[copies[0]]]
         names = " and ".join(data.names[index] for index in [copies[0], *same[:1]])
         warn(f"{len(copies):,} test images are also {what}, such as {names}")
-
-
-def warn_of_seen(data, start):
-    """Warn of test images that stage 1 was trained on, such as images that were labelled later."""
-    if start not in ("scratch", "imagenet"):
-        seen = np.array(load_checkpoint(start, "pretrain")["images"], np.uint64)
-        seen = np.setdiff1d(seen, data.hashes[data.train])
-        remedy = "a column split keeps the old test set"
-        warn_of_copies(data, seen, f"training images of {start} ({remedy})")
 
 
 def choose_labelled(data, labels, seed):
@@ -873,9 +866,8 @@ def choose_labelled(data, labels, seed):
         wanted = {line.strip() for line in read_text(labels).splitlines()} - {""}
         names = np.array(data.names)[pool]
         other = sorted(wanted.difference(names))
-        require(
-            wanted and not other, f"--labels {labels}: no labelled training image {other[:1]!a}"
-        )
+        text = f"--labels {labels}: no labelled training image {other[:1]!a}"
+        require(wanted and not other, text)
         chosen = pool[np.isin(names, list(wanted))]
     elif 0 < labels < 1:
         counts = [max(1, math.floor(labels * len(members) + 0.5)) for members in classes]
@@ -912,41 +904,35 @@ def load_npz(path):
 
     Labels are class numbers [n, 1] or [n], or 0 and 1 [n, K] (multi-label). -1 is not labelled.
     """
-    names = [f"{part}_{kind}" for part in ("train", "val", "test") for kind in ("images", "labels")]
+    names = [f"{part}_{kind}" for kind in ("images", "labels") for part in ("train", "val", "test")]
     try:
         # Not with allow_pickle: object arrays could run code.
         with np.load(path) as file:
-            arrays = {name: file[name] for name in names}
+            arrays = [file[name] for name in names]
     except Exception as error:
         raise UserError(f"cannot read {', '.join(names)} of {path} ({error})") from None
-    images, labels = [], []
-    for part in ("train", "val", "test"):
-        x, y = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        right = x.dtype == np.uint8 and (x.ndim == 3 or x.shape[3:] in ((1,), (3,)))
-        right &= y.dtype.kind in "iu" and y.ndim in (1, 2) and x.shape[:1] == y.shape[:1]
-        right &= x.shape[1:] == arrays["train_images"].shape[1:]
-        text = f"{path}: {part}_images {x.dtype} {x.shape}, {part}_labels {y.dtype} {y.shape}: not"
-        require(right, f"{text} uint8 [n, side, side(, 3)] and integers [n, 1] or [n, K]")
-        images.append(x[..., None] if x.ndim == 3 else x)
-        labels.append(np.int64(y[:, None] if y.ndim == 1 else y))
-    require(len({y.shape[1] for y in labels}) == 1, f"{path}: the parts have not the same labels")
-    first_test = len(labels[0]) + len(labels[1])
-    images, labels = np.concatenate(images).transpose(0, 3, 1, 2), np.concatenate(labels)
-    known = (labels >= 0).any(1)
-    multilabel = labels.shape[1] > 1 or not known.any()
-    count = 2 if labels.shape[1] > 1 else len(np.unique(labels[known]))
+    right, (images, labels) = True, (arrays[:3], arrays[3:])
+    for x, y in zip(images, labels, strict=True):
+        right &= x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[1:] == images[0].shape[1:]
+        right &= y.dtype.kind in "iu" and y.ndim in (1, 2) and y.shape[1:] == labels[0].shape[1:]
+        right &= x.shape[:1] == y.shape[:1] and x.shape[3:] in ((), (1,), (3,))
+    found = [f"{name} {x.dtype} {x.shape}" for name, x in zip(names, arrays, strict=True)]
+    text = f"{path}: {', '.join(found)}: not images uint8 [n, side, side] or [n, side, side, 3] and"
+    require(right, f"{text} labels of integers [n, 1] or [n, K]")
+    images, labels = np.concatenate(images), np.concatenate(labels).astype(np.int64)
+    images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+    labels = labels[:, None] if labels.ndim == 1 else labels
+    known, multilabel = (labels >= 0).any(1), labels.shape[1] > 1
+    count = 2 if multilabel else len(np.unique(labels[known]))
     wrong = np.setdiff1d(labels, range(-1, count))[:1]
-    require(
-        not len(wrong), f"{path}: label {wrong} is not from 0 to {count - 1}, without gaps, or -1"
-    )
-    targets = np.where(
-        labels < 0, np.nan, labels if labels.shape[1] > 1 else labels == range(count)
-    )
-    index = np.arange(len(labels))
+    text = f"{path}: label {wrong} is not from 0 to {count - 1}, without gaps, or -1"
+    require(not len(wrong), text)
+    targets = np.where(labels < 0, np.nan, labels if multilabel else labels == range(count))
     # Unlabelled images of the test part are in neither part.
+    index, first_test = np.arange(len(labels)), len(arrays[0]) + len(arrays[1])
     train, test = index[:first_test], index[first_test:][known[first_test:]]
     names, classes = [f"image{row:06d}" for row in index], range(targets.shape[1])
-    return Data(path.stem, images, targets, classes, names, train, test, multilabel)
+    return Data(path.stem, images, targets, classes, names, train, test, multilabel or not count)
 
 
 def from_table(title, size, table, rows, classes, channels, multilabel):
@@ -973,10 +959,8 @@ def from_table(title, size, table, rows, classes, channels, multilabel):
     targets = [[CELLS[cell.get(each, "")] for each in classes] for cell in cells]
     targets = np.array(targets, np.float32).reshape(len(rows), len(classes))
     labelled = ~np.isnan(targets).all(1)
-    require(
-        not labelled.any() or (targets == 0).any(),
-        f"{table}: only one class, or no 0; a blank is not a 0",
-    )
+    text = f"{table}: only one class, or no 0; a blank is not a 0"
+    require(not labelled.any() or (targets == 0).any(), text)
     if multilabel is None:
         # Multi-class: each labelled image has exactly one 1.
         multilabel = len(classes) < 2 or bool((np.nansum(targets[labelled], 1) != 1).any())
@@ -999,9 +983,8 @@ def from_table(title, size, table, rows, classes, channels, multilabel):
     require(not len(clash), f"{table}: group {clash[:1]} is in train and in test")
     train, test = np.flatnonzero(~test), np.flatnonzero(test & labelled)
     names, paths = [row["image"] for row in rows], [row["path"] for row in rows]
-    ordered = sorted(names)
-    twice = [name for name, after in zip(ordered, ordered[1:], strict=False) if name == after]
-    require(not twice, f"{table}: image {twice[:1]} is there twice")
+    unique, counts = np.unique(names, return_counts=True)
+    require(counts.max() == 1, f"{table}: image {unique[counts > 1][:1]} is there twice")
     images, hashes = load_images(paths, size, channels)
     return Data(title, images, targets, classes, names, train, test, multilabel, hashes)
 
@@ -1094,9 +1077,8 @@ def load_folder(root):
             warn(f"{table}: columns beside label are not read: {', '.join(unread)}")
     named = {row["image"] for row in rows}
     gone = sorted(named.difference(files))
-    text = f"{table}: the folder has no image {gone[:1]!a}, of {len(gone):,}; the names must be"
-    text += " equal, also in upper and lower case and Unicode form; . @ __ first are left out"
-    require(not gone, text)
+    text = f"{table}: {len(gone):,} names are of no image in the folder, such as {gone[:1]!a}; they"
+    require(not gone, f"{text} must be equal, also in upper and lower case and Unicode form")
     for name in named.symmetric_difference(files):
         part, _, below = ("", "", "") if there else name.partition("/")
         label = below.split("/")[0] if part in ("train", "test") and "/" in below else ""
@@ -1191,11 +1173,10 @@ def load_images(paths, size, channels):
     gone = [path for path in paths if not os.path.isfile(path)]
     text = f"{len(gone):,} image files are missing, such as {gone[:1]}; add them or correct"
     require(not gone, f"{text} the table (for cxr14, chexpert and isic2018: --partial)")
-    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
-    state = [
-        channels,
-        *((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats),
-    ]
+    state = [channels]
+    for path in paths:
+        stat = os.stat(path)
+        state.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     key = hash_of(repr(state).encode("utf-8", "surrogateescape"))
     file = Path("runs", "decoded", f"{size}px-{key:016x}.npy")
     # Of the processes of a machine the first decodes, and the others wait.
@@ -1205,11 +1186,10 @@ def load_images(paths, size, channels):
         with new_file(file) as stream, ThreadPoolExecutor() as pool:
             head = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(stream, head)
-            for start in tqdm(range(0, len(paths), 64), "decode", unit="x 64 images"):
-                block = paths[start : start + 64]
-                for pixels, code in pool.map(lambda path: decode(path, size, channels), block):
-                    stream.write(pixels.tobytes())
-                    hashes.append(code)
+            decoded = pool.map(lambda path: decode(path, size, channels), paths)
+            for pixels, code in tqdm(decoded, "decode", len(paths), unit="image"):
+                stream.write(pixels.tobytes())
+                hashes.append(code)
             stream.write(np.array(hashes, "<u8").tobytes())
     while not file.exists():
         time.sleep(1)
@@ -1313,7 +1293,7 @@ def linear_probe(data, args):
     # "scratch" is then the network that finetune starts from.
     seed_torch(args.seed, "finetune")
     _, teacher = load_networks(args, data.images.shape[1], data.classes)
-    warn_of_seen(data, args.start)
+    warn_of_copies(data, args.start)
     teacher.classifier = nn.Identity()
     known = evaluate(teacher, data, labelled, args.size, classify=False)
     unseen = evaluate(teacher, data, data.test, args.size, classify=False)
@@ -1400,9 +1380,6 @@ def run_line(line, given):
 
 # ---- 11. Runs and checkpoints [plumbing] ---------------------------------------------------------
 
-# Of the format of checkpoints. Another version is refused.
-VERSION = 3
-
 
 class UserError(Exception):
     """An error that the user can fix. The text is one line and says what to do."""
@@ -1445,7 +1422,7 @@ class Run:
         if args.command == "finetune":
             for name, some in (("labelled images", labelled), ("test images", data.test)):
                 settings[name] = hash_of(data.hashes[some].tobytes(), data.targets[some].tobytes())
-        self.saved = dict(version=VERSION, stage=args.command, args=plain, settings=settings)
+        self.saved = dict(stage=args.command, args=plain, settings=settings)
         self.saved |= dict(classes=data.classes, multilabel=data.multilabel)
         self.saved |= dict(channels=data.images.shape[1], images=data.hashes[data.train].tolist())
         if self.path.exists() and not args.fresh:
@@ -1470,7 +1447,7 @@ class Run:
         if args.command == "finetune":
             names = "".join(f"{data.names[index]}\n" for index in labelled)
             write_file(self.folder / "labelled.txt", names)
-            warn_of_seen(data, args.start)
+            warn_of_copies(data, args.start)
         self.epochs_done = done = len(self.history)
         device = next(state["student"].parameters()).device
         everywhere = all_gather(torch.tensor([done], device=device)).tolist()
@@ -1488,9 +1465,7 @@ class Run:
         self.losses, self.began = [], time.perf_counter()
         for batch in batches:
             yield batch
-            # The loss is read only when the bar is drawn: reading waits for a GPU.
-            if self.bar.update():
-                self.bar.set_postfix_str(f"loss {self.losses[-1].item():.3f}", refresh=False)
+            self.bar.update()
 
     def finish_epoch(self):
         """Write log and checkpoint. Raises UserError if the loss or a weight is not finite."""
@@ -1574,10 +1549,9 @@ def load_checkpoint(path, *stages):
     try:
         # weights_only admits tensors and plain values. Other pickles could run code.
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        stage, version = saved["stage"], saved["version"]
+        stage, _ = saved["stage"], saved["settings"]
     except Exception:
         raise UserError(f"cannot read checkpoint {path}; run its stage, with --fresh") from None
-    require(version == VERSION, f"{path} is of another s2mts2.py; run its stage with --fresh")
     require(stage in stages, f"{path} is a checkpoint of {stage}, not of {stages[0]}")
     return saved
 
@@ -1610,11 +1584,6 @@ def all_gather(tensor):
     parts = [torch.empty_like(tensor) for _ in range(PROCESSES)]
     distributed.all_gather(parts, tensor)
     return torch.cat(parts)
-
-
-def to_device(array, device):
-    """A tensor of an array on a device."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def choose_device(name):
@@ -1846,10 +1815,6 @@ def execute(args):
 
 def main(argv=None):
     """Run a command. Returns its exit status: 0, 2 if the user can fix it, 130 on Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a letter of a name shows a question mark.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
     status, text = 0, ""
     try:
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else io.StringIO()):
@@ -1873,12 +1838,10 @@ def main(argv=None):
         status, text = 2, "error: " + " ".join(str(error).split())
     except (MemoryError, torch.OutOfMemoryError):
         status, text = 2, "error: out of memory; use a smaller --batch or --size"
-    if text and PROCESSES > 1:
-        # torchrun's store counts the processes that fail. The first one prints and ends the others.
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if distributed.TCPStore(*address, is_master=False).add("failed", 1) > 1:
-            time.sleep(60 if status == 2 else 0)
-            text = ""
+    if text and RANK:
+        # Most errors are of all processes. The first one prints, and torchrun ends the others.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
     if text:
         print(text, file=sys.stderr)
     if distributed.is_initialized():
@@ -1887,6 +1850,9 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    # A terminal that cannot show a letter of a name shows a question mark.
+    sys.stdout.reconfigure(errors="replace")
+    sys.stderr.reconfigure(errors="replace")
     # What ends a job on a cluster is as Ctrl-C: no half file stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
