@@ -70,7 +70,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -249,22 +249,22 @@ def pretrain(data, args):
     )
     steps = len(data.train) // args.batch
     require(steps, f"{len(data.train)} training images: --batch must not be larger")
-    # [plumbing] Writes checkpoint and log. Loads an earlier checkpoint into these four.
+    # [plumbing] Loads an earlier checkpoint into these four. Writes one, and a log, at each epoch's
+    # end. Seeds torch at its start, so that a resumed run equals an uninterrupted one.
     state = dict(student=student, teacher=teacher, optimizer=optimizer, queue=queue)
-    run = Run(data, args, steps, args.batch, state)
+    run = start_run(data, args, args.batch, state)
     save_views(data, args)
     print(f"the loss rises to about log(K + 1) = {math.log(length + 1):.2f} at first, then falls")
     embed = average_gradients(student)
 
-    for epoch in range(run.epochs_done, args.epochs):
+    for epoch, losses in run:
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         # [JCL] c grows to lambda. With lambda = 2 it is above 1, the value of the bound, in the
         # second half: agreement of the keys then weighs more than the bound asks for. [our choice]
         # Our reason for the growth: Sigma means little while the network is untrained.
         c = args.lambda_ * (epoch + 1) / args.epochs
         order = batches(data.train, steps, args.batch, args.seed, epoch)
-        # [plumbing] Seeds torch, so that a resumed run equals an uninterrupted one; draws the bar.
-        for indices in run.steps(epoch, order):
+        for indices in tqdm(order, f"epoch {epoch + 1}", leave=False, disable=RANK > 0):
             images = torch.from_numpy(data.images[indices]).to(device)  # uint8 [N, channels, ...]
             copies = images.repeat_interleave(args.keys, 0)  # uint8 [N * M, channels, ...]
             query_views = random_views(images, args.augment, args.size)  # [N, channels, size, size]
@@ -281,8 +281,7 @@ def pretrain(data, args):
             optimizer.step()
             ema_update(teacher, student, args.teacher_momentum)
             enqueue(queue, all_gather(keys.mean(1)))  # mean over M: [N, D]
-            run.losses.append(loss.detach())
-        run.finish_epoch()
+            losses.append(loss.detach())
     return student, teacher
 
 
@@ -339,7 +338,7 @@ def finetune(data, args):
     labelled = choose_labelled(data, args.labels, args.seed)
     unlabelled = np.setdiff1d(data.train, labelled)
     seed_torch(args.seed, "finetune")
-    student, teacher = map(synchronise, load_networks(args, data.images.shape[1], data.classes))
+    student, teacher = map(synchronise, load_networks(args, data))
     adam = dict(lr=args.lr, betas=(args.beta1, args.beta2), eps=args.eps, fused=True)
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=args.weight_decay, **adam)
     steps = max(args.min_steps, math.ceil(max(len(labelled), len(unlabelled)) / args.batch))
@@ -352,16 +351,16 @@ def finetune(data, args):
     require(enough, f"BatchNorm needs two images for each of {PROCESSES} processes; raise --labels")
     print(f"{len(labelled):,} labelled and {len(unlabelled):,} unlabelled training images")
     state = dict(student=student, teacher=teacher, optimizer=optimizer)
-    run = Run(data, args, steps, size_l + size_n, state, labelled)
+    run = start_run(data, args, size_l + size_n, state, labelled)
     classify = average_gradients(student)
 
-    for epoch in range(run.epochs_done, args.epochs):
+    for epoch, losses in run:
         optimizer.param_groups[0]["lr"] = learning_rate(args, epoch)
         w = consistency_weight(args, epoch)
         order_l = batches(labelled, steps, size_l, args.seed, epoch)
         order_n = batches(unlabelled, steps, size_n, args.seed, epoch)
-        pairs = run.steps(epoch, zip(order_l, order_n, strict=True))
-        for step, (indices_l, indices_n) in enumerate(pairs):
+        bar = tqdm(order_l, f"epoch {epoch + 1}", leave=False, disable=RANK > 0)
+        for step, (indices_l, indices_n) in enumerate(zip(bar, order_n, strict=True)):
             targets = torch.from_numpy(data.targets[indices_l]).to(device)  # [L, C]
             images = torch.from_numpy(data.images[indices_l]).to(device)  # [L, channels, ...]
             views = random_views(images, args.augment, args.size)  # [L, channels, size, size]
@@ -384,8 +383,7 @@ def finetune(data, args):
             loss.backward()
             optimizer.step()
             ema_update(teacher, student, warmed_up(args.teacher_momentum, epoch * steps + step + 1))
-            run.losses.append(loss.detach())
-        run.finish_epoch()
+            losses.append(loss.detach())
     return report(student, teacher, data, args) if RANK == 0 else None
 
 
@@ -408,27 +406,29 @@ def warmed_up(decay, updates):
     return min(1 - 1 / (updates + 1), decay)
 
 
-def load_networks(args, channels, classes):
+def load_networks(args, data):
     """Student and teacher for stage 2, with the weights of args.start, on args.device.
 
-    args.start  path of a checkpoint, "scratch" or "imagenet"
+    args.start  path of a checkpoint of stage 1, "scratch" or "imagenet"
     [our choice] Student and teacher of stage 1 get the same new classifier. [authors' code] There
-    both start from the student. Networks of stage 2 keep theirs. Raises UserError if a checkpoint
-    has another architecture or number of channels.
+    both start from the student. Raises UserError if a checkpoint has another architecture or number
+    of channels.
     """
-    student = build_network(args.arch, channels, len(classes), imagenet=args.start == "imagenet")
+    channels, imagenet = data.images.shape[1], args.start == "imagenet"
+    student = build_network(args.arch, channels, len(data.classes), imagenet=imagenet)
     teacher, new = make_teacher(student), student.classifier.state_dict(prefix="classifier.")
     if args.start not in ("scratch", "imagenet"):
-        saved = load_checkpoint(args.start, "pretrain", "finetune")
+        saved = load_checkpoint(args.start, "pretrain")
         there, here = (saved["args"]["arch"], saved["channels"]), (args.arch, channels)
         require(there == here, f"{args.start} has network and channels {there}, not {here}")
-        if len(saved["history"]) < saved["args"]["epochs"]:
-            warn(f"{args.start} is not finished")
         for network, name in ((student, "student"), (teacher, "teacher")):
-            kept = saved["state"][name]
-            if saved["stage"] == "pretrain":
-                kept = {key: value for key, value in kept.items() if "classifier" not in key} | new
-            network.load_state_dict(kept, strict=True)
+            kept = saved["state"][name].items()
+            kept = {key: value for key, value in kept if "classifier" not in key}
+            network.load_state_dict(kept | new, strict=True)
+        # [plumbing] Images of stage 1 can have become test images, when they were labelled.
+        seen = np.setdiff1d(np.array(saved["images"], np.uint64), data.hashes[data.train])
+        what = f"training images of {args.start} (a column split keeps the old test set)"
+        warn_of_copies(data, seen, what)
     device = choose_device(args.device)
     return student.to(device), teacher.to(device)
 
@@ -756,6 +756,7 @@ class Data:
     # is not completely known counts as unlabelled.
     multilabel: bool
     hashes: np.ndarray = None  # uint64 [n], equal for equal images; of the pixels unless given
+    known: np.ndarray = field(init=False)  # bool [n]: whether an image is labelled
 
     def __post_init__(self):
         self.images, self.targets = np.asanyarray(self.images), np.asarray(self.targets, np.float32)
@@ -769,19 +770,14 @@ class Data:
         require(len({*self.classes} - {""}) == len(self.classes), "class names are equal or empty")
         require(self.multilabel or len(self.classes) > 1, "one class an image needs two classes")
         require(np.isin(np.nan_to_num(self.targets), (0, 1)).all(), "a target is not 0, 1 or NaN")
-        one_hot = (self.targets == 1).sum(1) == 1
+        known, one_hot = ~np.isnan(self.targets), (self.targets == 1).sum(1) == 1
+        self.known = known.any(1) if self.multilabel else known.all(1)
         require(self.multilabel or one_hot[self.known].all(), "a row of targets is not one-hot")
         require(len(self.train), "there is no training image")
         require(len({*used} & {*range(count)}) == len(used), "train and test: an index is wrong")
         require(self.known[self.test].all(), "a test image has no label")
         if self.hashes is None:
             self.hashes = np.array([hash_of(image.tobytes()) for image in self.images], np.uint64)
-
-    @property
-    def known(self):
-        """bool [n]: whether an image is labelled."""
-        known = ~np.isnan(self.targets)
-        return known.any(1) if self.multilabel else known.all(1)
 
 
 def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
@@ -805,7 +801,7 @@ def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
         loaders["chexpert"] = lambda root: load_chexpert(root, uncertain)
         table, rows, *meaning = loaders.get(name, load_folder)(path)
         rows = [row for row in rows if not partial or os.path.isfile(row["path"])]
-        require(rows, f"{path}: there is no image of {name}")
+        require(rows, f"{path}: there are no images of {name} ({' '.join(ENDINGS)})")
         title = os.path.basename(os.path.abspath(name))
         data = from_table(title, size, table, rows, *meaning)
     known, used = data.known, np.concatenate([data.train, data.test])
@@ -814,25 +810,15 @@ def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
     kind = "multi-label" if data.multilabel else "one class an image"
     counts = map("{} {:,.0f}".format, data.classes, np.nansum(data.targets[used[known[used]]], 0))
     print(f"{data.name}: {shown}; {len(data.test):,} test; {kind}: {', '.join(counts)}")
-    warn_of_copies(data)
+    warn_of_copies(data, data.hashes[data.train], "training images")
     if not (known[data.train].any() and len(data.test)):
         warn("stage 2 needs labelled images in train and in test; see README.md, Your own images")
     return data
 
 
-def warn_of_copies(data, start=None):
-    """Warn of test images that are also training images.
-
-    start  a checkpoint of stage 1: warn of its training images that have become test images since;
-           or scratch, or imagenet
-    """
-    hashes, what = data.hashes[data.train], "training images"
-    if start:
-        stage_1 = start not in ("scratch", "imagenet") and load_checkpoint(start, "pretrain")
-        seen = np.array(stage_1["images"] if stage_1 else [], np.uint64)
-        hashes = np.setdiff1d(seen, hashes)
-        what = f"training images of {start} (a column split keeps the old test set)"
-    copies = data.test[np.isin(data.hashes[data.test], hashes)]
+def warn_of_copies(data, seen, what):
+    """Warn of test images that are also among other images, whose hashes are given."""
+    copies = data.test[np.isin(data.hashes[data.test], seen)]
     if len(copies):
         same = data.train[data.hashes[data.train] == data.hashes[copies[0]]]
         names = " and ".join(data.names[index] for index in [copies[0], *same[:1]])
@@ -864,14 +850,12 @@ def choose_labelled(data, labels, seed):
         chosen = pool
     elif isinstance(labels, (str, os.PathLike)):
         wanted = {line.strip() for line in read_text(labels).splitlines()} - {""}
-        names = np.array(data.names)[pool]
-        other = sorted(wanted.difference(names))
+        chosen = [index for index in pool if data.names[index] in wanted]
+        other = sorted(wanted.difference(data.names[index] for index in chosen))
         text = f"--labels {labels}: no labelled training image {other[:1]!a}"
         require(wanted and not other, text)
-        chosen = pool[np.isin(names, list(wanted))]
     elif 0 < labels < 1:
-        counts = [max(1, math.floor(labels * len(members) + 0.5)) for members in classes]
-        chosen = [members[:count] for members, count in zip(classes, counts, strict=True)]
+        chosen = [each[: max(1, math.floor(labels * len(each) + 0.5))] for each in classes]
         chosen = np.unique(np.concatenate(chosen))
     else:
         # Sort by the place of an image in its class, then at random: first one of each class.
@@ -971,14 +955,13 @@ def from_table(title, size, table, rows, classes, channels, multilabel):
     # groups is the test set, by a hash of their names. Unlabelled images of a test group, or with
     # the split test, are on neither side.
     sides = np.array([row.get("split", "") for row in rows], object)
-    groups = np.array([row.get("group") or row["image"] for row in rows], object)
+    groups = np.array([row.get("group") or row["image"] for row in rows])
     wrong = {*sides} - {"train", "test", ""}
     require(not wrong, f"{table}: split {wrong} is not train, test or blank")
     if not (sides[labelled] != "").any():
         codes = [zlib.crc32(each.encode("utf-8", "surrogateescape")) for each in groups]
         sides[labelled & (np.array(codes) % 5 == 0)] = "test"
-    tested = {*groups[labelled & (sides == "test")]}
-    test = (sides == "test") | [group in tested for group in groups]
+    test = (sides == "test") | np.isin(groups, groups[labelled & (sides == "test")])
     clash = groups[labelled & test & (sides == "train")]
     require(not len(clash), f"{table}: group {clash[:1]} is in train and in test")
     train, test = np.flatnonzero(~test), np.flatnonzero(test & labelled)
@@ -1065,7 +1048,6 @@ def load_folder(root):
     All other images are unlabelled. Without a split, from_table chooses test images.
     """
     table, (files, others) = root / "labels.csv", find_images(root)
-    require(files, f"{root} is not a folder with images ({' '.join(ENDINGS)})")
     if others:
         warn(f"{len(others):,} files and links are no images, such as {', '.join(others[:3])}")
     there = table.exists()
@@ -1083,8 +1065,7 @@ def load_folder(root):
         part, _, below = ("", "", "") if there else name.partition("/")
         label = below.split("/")[0] if part in ("train", "test") and "/" in below else ""
         rows.append(dict(image=name, label=label, split="test" if part == "test" else ""))
-    for row in rows:
-        row["path"] = f"{root}/{row['image']}"
+    rows = [row | dict(path=f"{root}/{row['image']}") for row in rows]
     rows.sort(key=lambda row: row["image"])
     return table if there else root, rows, classes, None, None
 
@@ -1173,11 +1154,9 @@ def load_images(paths, size, channels):
     gone = [path for path in paths if not os.path.isfile(path)]
     text = f"{len(gone):,} image files are missing, such as {gone[:1]}; add them or correct"
     require(not gone, f"{text} the table (for cxr14, chexpert and isic2018: --partial)")
-    state = [channels]
-    for path in paths:
-        stat = os.stat(path)
-        state.append((os.path.abspath(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
-    key = hash_of(repr(state).encode("utf-8", "surrogateescape"))
+    stats = [(os.path.abspath(path), os.stat(path)) for path in paths]
+    state = [(path, x.st_size, x.st_mtime_ns, x.st_ctime_ns) for path, x in stats]
+    key = hash_of(repr([channels, *state]).encode("utf-8", "surrogateescape"))
     file = Path("runs", "decoded", f"{size}px-{key:016x}.npy")
     # Of the processes of a machine the first decodes, and the others wait.
     if not file.exists() and LOCAL_RANK == 0:
@@ -1252,27 +1231,22 @@ def report(student, teacher, data, args):
 
 
 def score(data, scores):
-    """Metrics of {name: scores of the test images}, as {name: metrics}. Prints them, best first."""
+    """Metrics of {name: scores of the test images}, as {name: metrics}. Prints them."""
     truth, results = data.targets[data.test], {}
     for name, each in scores.items():
         results[name] = classification_metrics(truth, each, data.classes, data.multilabel)
     first, *_ = columns = [*results.values()]
-    best_first = sorted(data.classes, key=lambda name: -(first["auc"][name] or 0))
-    rows = [(name, [[each["auc"][name]] for each in columns]) for name in best_first]
-    rows += [(name, [[each[name]] for each in columns]) for name in first if name != "auc"]
-    print_table(f"AUC on {len(truth):,} test images", results, rows)
+    rows = [(name, [each["auc"][name] for each in columns]) for name in data.classes]
+    rows += [(name, [each[name] for each in columns]) for name in first if name != "auc"]
+    print_row(f"AUC on {len(truth):,} test images", results)
+    for name, cells in rows:
+        print_row(name, ["n/a" if x is None else f"{x:.4f}" for x in cells])
     return results
 
 
-def print_table(title, columns, rows):
-    """Print a table with rows (name, cells). A cell is a list of numbers or None, one a seed."""
-    print(f"{title:26}", *(f"{column:>17}" for column in columns))
-    for name, cells in rows:
-        texts = ["n/a" if None in x else f"{np.mean(x):.4f}" for x in cells]
-        if len(cells[0]) > 1:
-            spread = ["" if None in x else f" +- {np.std(x, ddof=1):.4f}" for x in cells]
-            texts = map("".join, zip(texts, spread, strict=True))
-        print(f"{name:26}", *(f"{text:>17}" for text in texts))
+def print_row(name, texts):
+    """Print a row of a table."""
+    print(f"{name:26}", *(f"{text:>17}" for text in texts))
 
 
 def write_predictions(path, classes, names, scores):
@@ -1292,8 +1266,7 @@ def linear_probe(data, args):
     labelled = choose_labelled(data, args.labels, args.seed)
     # "scratch" is then the network that finetune starts from.
     seed_torch(args.seed, "finetune")
-    _, teacher = load_networks(args, data.images.shape[1], data.classes)
-    warn_of_copies(data, args.start)
+    _, teacher = load_networks(args, data)
     teacher.classifier = nn.Identity()
     known = evaluate(teacher, data, labelled, args.size, classify=False)
     unseen = evaluate(teacher, data, data.test, args.size, classify=False)
@@ -1314,18 +1287,18 @@ def linear_probe(data, args):
     return result
 
 
-# What is each ingredient worth? Leave it out. {jcl}, {moco}: the checkpoint of that row; {scratch}:
-# new weights, of ImageNet where stage 1 starts from these.
+# What is each ingredient worth? Leave it out. {scratch}: new weights, of ImageNet where stage 1
+# starts from these.
 ABLATION = {
     "jcl": "pretrain",
     "moco": "pretrain --keys 1 --covariance-weight 0",
     "random + probe": "evaluate {scratch}",
-    "jcl + probe": "evaluate {jcl}",
+    "jcl + probe": "evaluate {out}/jcl-{seed}/pretrain.pt",
     "scratch + supervised": "finetune --from {scratch} --consistency 0",
     "scratch + mean teacher": "finetune --from {scratch}",
-    "moco + mean teacher": "finetune --from {moco}",
-    "jcl + supervised": "finetune --from {jcl} --consistency 0",
-    "jcl + mean teacher": "finetune --from {jcl}",
+    "moco + mean teacher": "finetune --from {out}/moco-{seed}/pretrain.pt",
+    "jcl + supervised": "finetune --from {out}/jcl-{seed}/pretrain.pt --consistency 0",
+    "jcl + mean teacher": "finetune --from {out}/jcl-{seed}/pretrain.pt",
 }
 
 
@@ -1342,10 +1315,9 @@ def ablate(data, args):
         choose_labelled(data, labels, 0)
     table = {str(labels): {} for labels in args.labels}
     for seed in range(args.seeds):
-        starts = {row: f"{out}/{row}-{seed}/pretrain.pt" for row in ("jcl", "moco")}
-        starts["scratch"] = "imagenet" if args.init == "imagenet" else "scratch"
+        scratch = "imagenet" if args.init == "imagenet" else "scratch"
         for row, words in ABLATION.items():
-            line = [word.format(**starts) for word in words.split()]
+            line = [word.format(scratch=scratch, out=out, seed=seed) for word in words.split()]
             for labels in [""] if words.startswith("pretrain") else args.labels:
                 folder = re.sub("[^A-Za-z0-9.]+", "-", f"{row}-{labels}-{seed}")
                 more = dict(seed=seed, out=f"{out}/{folder}", labels=labels)
@@ -1358,18 +1330,19 @@ def ablate(data, args):
     first = table[str(args.labels[0])]
     for metric in sorted(next(iter(first.values()))):
         print(f"\n{metric}, mean +- standard deviation of seeds 0 to {args.seeds - 1}")
-        rows = [(row, [each[row][metric] for each in table.values()]) for row in first]
-        print_table("labels", table, rows)
+        print_row("labels", table)
+        for row in first:
+            runs = [np.array(each[row][metric], float) for each in table.values()]
+            print_row(row, [f"{x.mean():.4f} +- {x.std(ddof=1):.4f}" for x in runs])
     return table
 
 
 def run_line(line, given):
     """Print a command line and run it, with the given options that the command has."""
-    for name in COMMANDS[line[0]][1]:
+    for name, value in given.items():
         option = option_of(name)
         # What the row itself says comes first.
-        if name in given and option not in line:
-            value = given[name]
+        if name in COMMANDS[line[0]][1] and option not in line:
             if isinstance(value, bool):
                 line = [*line, option if value else option.replace("--", "--no-")]
             else:
@@ -1397,106 +1370,95 @@ def warn(text):
         print(f"warning: {text}", file=sys.stderr)
 
 
-class Run:
-    """A stage in its output folder: settings, checkpoint, log and bar.
+def start_run(data, args, images, state, labelled=()):
+    """Load the earlier checkpoint of a stage, if there is one. Returns run_epochs.
 
-    state          dict of the modules, the optimizer and tensors to save and to load
-    steps, images  of an epoch, and of a step
-    The loop begins with epoch epochs_done, and puts the loss of each step into losses.
+    images  number of images in a step
+    state   dict of the modules, the optimizer and tensors to save and to load
+    Raises UserError if the checkpoint is of other settings.
     """
+    stage, folder = args.command, output_folder(data, args)
+    path, history = folder / f"{stage}.pt", []
+    # Plain values, whatever a notebook gave.
+    plain = json.loads(json.dumps(vars(args), default=str))
+    values = plain | plain["augment"]
+    settings = {option_of(x): values[x] for x in (*CXR14, "seed", "amp") if x in values}
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    # What else the result depends on. Labels and test images are no part of stage 1.
+    settings["number of processes"] = PROCESSES
+    weights = [x for name in ("student", "teacher") for x in state[name].state_dict().values()]
+    settings["first weights"] = hash_of(*(x.cpu().numpy().tobytes() for x in weights))
+    settings["training images or their order"] = hash_of(data.hashes[data.train].tobytes())
+    if stage == "finetune":
+        for name, some in (("labelled images", labelled), ("test images", data.test)):
+            settings[name] = hash_of(data.hashes[some].tobytes(), data.targets[some].tobytes())
+    if path.exists() and not args.fresh:
+        saved = load_checkpoint(path, stage)
+        old, history = saved["settings"], saved["history"]
+        differ = [x for x in settings if settings[x] != old.get(x)]
+        # Names with a space are of hashes, whose values say nothing.
+        differ = [x if " " in x else f"{x} {old.get(x)} there, {settings[x]} here" for x in differ]
+        require(not differ, f"{path} differs, use --fresh or --out: {'; '.join(differ)}")
+        for name, value in state.items():
+            load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
+            load(saved["state"][name])
+    elif RANK == 0:
+        # What an earlier run of this stage wrote is of other settings.
+        old = dict(pretrain=["probe.json"], finetune=["metrics.json", "predictions.csv"])
+        for name in [path.name, *old[stage]]:
+            (folder / name).unlink(missing_ok=True)
+    if stage == "finetune":
+        names = "".join(f"{data.names[index]}\n" for index in labelled)
+        write_file(folder / "labelled.txt", names)
+    done, device = len(history), next(state["student"].parameters()).device
+    everywhere = all_gather(torch.tensor([done], device=device)).tolist()
+    require(everywhere == [done] * PROCESSES, f"copy {path} to all machines")
+    status = "finished" if done == args.epochs else f"epoch {done + 1} of {args.epochs}"
+    print(f"{stage}, {status}, on {device}: {path}, from {args.start or args.init}")
+    saved = dict(stage=stage, args=plain, settings=settings, history=history)
+    saved |= dict(classes=data.classes, multilabel=data.multilabel)
+    saved |= dict(channels=data.images.shape[1], images=data.hashes[data.train].tolist())
+    return run_epochs(path, saved, images, state)
 
-    def __init__(self, data, args, steps, images, state, labelled=()):
-        self.args, self.state, self.images, self.history = args, state, images, []
-        self.folder = output_folder(data, args)
-        self.path = self.folder / f"{args.command}.pt"
-        # Plain values, whatever a notebook gave.
-        plain = json.loads(json.dumps(vars(args), default=str))
-        settings = {name: plain[name] for name in (*CXR14, "seed", "amp") if name in plain}
-        settings |= plain["augment"]
-        shown = ", ".join(f"{name} {value}" for name, value in settings.items())
-        # What else the result depends on. Labels and test images are no part of stage 1.
-        settings["number of processes"] = PROCESSES
-        weights = [x for name in ("student", "teacher") for x in state[name].state_dict().values()]
-        settings["first weights"] = hash_of(*(x.cpu().numpy().tobytes() for x in weights))
-        settings["training images or their order"] = hash_of(data.hashes[data.train].tobytes())
-        if args.command == "finetune":
-            for name, some in (("labelled images", labelled), ("test images", data.test)):
-                settings[name] = hash_of(data.hashes[some].tobytes(), data.targets[some].tobytes())
-        self.saved = dict(stage=args.command, args=plain, settings=settings)
-        self.saved |= dict(classes=data.classes, multilabel=data.multilabel)
-        self.saved |= dict(channels=data.images.shape[1], images=data.hashes[data.train].tolist())
-        if self.path.exists() and not args.fresh:
-            saved, differ = load_checkpoint(self.path, args.command), []
-            for name, here in settings.items():
-                there = saved["settings"].get(name)
-                if here != there:
-                    # Names with a space are of hashes, whose values say nothing.
-                    text = f"{option_of(name)} {there} there and {here} here"
-                    differ.append(name if " " in name else text)
-            require(not differ, f"{self.path} differs, use --fresh or --out: {'; '.join(differ)}")
-            for name, value in state.items():
-                load = value.copy_ if isinstance(value, torch.Tensor) else value.load_state_dict
-                load(saved["state"][name])
-            self.history = saved["history"]
-        elif RANK == 0:
-            # What an earlier run of this stage wrote is of other settings.
-            first = args.command == "pretrain"
-            old = ["probe.json"] if first else ["metrics.json", "predictions.csv"]
-            for name in [self.path.name, *old]:
-                (self.folder / name).unlink(missing_ok=True)
-        if args.command == "finetune":
-            names = "".join(f"{data.names[index]}\n" for index in labelled)
-            write_file(self.folder / "labelled.txt", names)
-            warn_of_copies(data, args.start)
-        self.epochs_done = done = len(self.history)
-        device = next(state["student"].parameters()).device
-        everywhere = all_gather(torch.tensor([done], device=device)).tolist()
-        require(everywhere == [done] * PROCESSES, f"copy {self.path} to all machines")
-        self.write_log()
-        status = "finished" if done == args.epochs else f"epoch {done + 1} of {args.epochs}"
-        print(f"{args.command}, {status}, on {device}: {self.path}, from {args.start or args.init}")
-        print(shown)
-        look = dict(initial=done * steps, mininterval=0.5, disable=RANK > 0 or done == args.epochs)
-        self.bar = tqdm(None, args.command, args.epochs * steps, **look)
 
-    def steps(self, epoch, batches):
-        """Yield the batches of an epoch. Seeds torch: a resumed run equals an uninterrupted one."""
-        seed_torch(self.args.seed, self.args.command, epoch, RANK)
-        self.losses, self.began = [], time.perf_counter()
-        for batch in batches:
-            yield batch
-            self.bar.update()
+def run_epochs(path, saved, images, state):
+    """Yield each epoch that is left, and a list for the losses of its steps.
 
-    def finish_epoch(self):
-        """Write log and checkpoint. Raises UserError if the loss or a weight is not finite."""
-        epoch, stage = len(self.history), self.args.command
-        seconds = time.perf_counter() - self.began
-        loss = all_gather(torch.stack(self.losses).mean()[None]).mean().item()
+    Seeds torch, so that a resumed run equals an uninterrupted one. After an epoch the checkpoint
+    and the log are written. Raises UserError if the loss or a weight is not finite.
+    """
+    stage, history, epochs = saved["stage"], saved["history"], saved["args"]["epochs"]
+    log = path.with_name("log.jsonl")
+    lines = read_text(log).splitlines() if log.exists() else []
+    others = [line for line in lines if f'"stage": "{stage}"' not in line]
+
+    def write_log():
+        """The other stage's lines, and this one's, so that they fit the checkpoint."""
+        write_file(log, "".join(f"{line}\n" for line in [*others, *map(json.dumps, history)]))
+
+    write_log()
+    for epoch in range(len(history), epochs):
+        seed_torch(saved["args"]["seed"], stage, epoch, RANK)
+        losses, began = [], time.perf_counter()
+        yield epoch, losses
+        seconds = time.perf_counter() - began
+        loss = all_gather(torch.stack(losses).mean()[None]).mean().item()
         # The sum of squares: weights that are finite but huge give outputs that are not.
-        squares = [weight.square().sum() for weight in self.state["student"].parameters()]
+        squares = [weight.square().sum() for weight in state["student"].parameters()]
         finite = math.isfinite(loss) and torch.stack(squares).isfinite().all()
         require(finite, f"{stage}: the loss or a weight is not finite; use a smaller --lr")
-        lr = self.state["optimizer"].param_groups[0]["lr"]
-        speed = len(self.losses) * self.images / seconds
+        lr, speed = state["optimizer"].param_groups[0]["lr"], len(losses) * images / seconds
         line = dict(stage=stage, epoch=epoch, loss=loss, lr=lr, seconds=seconds)
-        self.history.append(line | dict(images_per_second=speed))
-        now = f"{stage} epoch {epoch + 1}/{self.args.epochs}: loss {loss:.4f}"
-        self.bar.write(f"{now}, learning rate {lr:.2g}, {speed:.0f} images/s")
-        state, stream = {}, io.BytesIO()
-        for name, value in self.state.items():
-            state[name] = value if isinstance(value, torch.Tensor) else value.state_dict()
-        torch.save(self.saved | dict(history=self.history, state=state), stream)
-        write_file(self.path, stream.getvalue())
-        self.write_log()
-        if epoch + 1 == self.args.epochs:
-            self.bar.close()
-
-    def write_log(self):
-        """Write this stage's lines of log.jsonl anew, so that they fit the checkpoint."""
-        path = self.folder / "log.jsonl"
-        lines = read_text(path).splitlines() if path.exists() else []
-        lines = [line for line in lines if f'"stage": "{self.args.command}"' not in line]
-        write_file(path, "".join(f"{line}\n" for line in [*lines, *map(json.dumps, self.history)]))
+        history.append(line | dict(images_per_second=speed))
+        left = tqdm.format_interval(seconds * (epochs - epoch - 1))
+        now = f"{stage} epoch {epoch + 1}/{epochs}: loss {loss:.4f}, learning rate {lr:.2g}"
+        print(f"{now}, {speed:.0f} images/s, {left} left")
+        saved["state"], stream = {}, io.BytesIO()
+        for name, value in state.items():
+            saved["state"][name] = value if isinstance(value, torch.Tensor) else value.state_dict()
+        torch.save(saved, stream)
+        write_file(path, stream.getvalue())
+        write_log()
 
 
 def seed_torch(*parts):
@@ -1544,15 +1506,15 @@ def write_file(path, content):
             stream.write(content.encode("utf-8", "surrogateescape") if text else content)
 
 
-def load_checkpoint(path, *stages):
-    """The checkpoint of one of the stages, on the CPU. Raises UserError if it is not one."""
+def load_checkpoint(path, stage):
+    """The checkpoint of a stage, on the CPU. Raises UserError if it is not one."""
     try:
         # weights_only admits tensors and plain values. Other pickles could run code.
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        stage, _ = saved["stage"], saved["settings"]
+        there, _ = saved["stage"], saved["settings"]
     except Exception:
         raise UserError(f"cannot read checkpoint {path}; run its stage, with --fresh") from None
-    require(stage in stages, f"{path} is a checkpoint of {stage}, not of {stages[0]}")
+    require(there == stage, f"{path} is a checkpoint of {there}, not of {stage}")
     return saved
 
 
@@ -1750,10 +1712,12 @@ def taken_over(command, given):
         found = sorted(Path("runs").glob(f"*/{stage}.pt"), key=os.path.getmtime)
         require(found, f"no {stage}.pt in runs/*/; first run python s2mts2.py {stage}, or {remedy}")
         start = str(found[-1])
-        print(f"starts from {start}")
     if command == "predict" or start in ("scratch", "imagenet"):
         return dict(start=start)
-    saved = load_checkpoint(start, stage)["args"]
+    checkpoint = load_checkpoint(start, stage)
+    saved = checkpoint["args"]
+    if len(checkpoint["history"]) < saved["epochs"]:
+        warn(f"{start} is not finished")
     values = dict(start=start, arch=saved["arch"])
     if "data" not in given:
         size = ["size"] if "size" in saved["given"] else []
@@ -1773,8 +1737,10 @@ def predict(args):
     Raises UserError at the end if files were skipped, which are named; the others are in the file.
     """
     saved, out = load_checkpoint(args.start, "finetune"), args.out or "predicted.csv"
-    args = argparse.Namespace(**saved["args"] | vars(args))
-    _, teacher = load_networks(args, saved["channels"], saved["classes"])
+    channels, classes, size = saved["channels"], saved["classes"], saved["args"]["size"]
+    teacher = build_network(saved["args"]["arch"], channels, len(classes))
+    teacher.load_state_dict(saved["state"]["teacher"])
+    teacher.to(choose_device(args.device))
     require(not os.path.isdir(out), f"--out {out} is a folder; name a CSV file")
     paths, skipped, scores = [], [], {}
     for item in args.files:
@@ -1786,18 +1752,15 @@ def predict(args):
     require(paths, f"{args.files[0]} has no images ({' '.join(ENDINGS)})")
     with ThreadPoolExecutor() as pool:
         for start in tqdm(range(0, len(paths), 64), "predict", unit="x 64 images"):
-            block, images = paths[start : start + 64], {}
-            decoded = [pool.submit(decode, path, args.size, saved["channels"]) for path in block]
-            for path, future in zip(block, decoded, strict=True):
-                try:
-                    images[path], _ = future.result()
-                except UserError as error:
-                    skipped.append(str(error))
+            block = paths[start : start + 64]
+            decoded = {path: pool.submit(decode, path, size, channels) for path in block}
+            skipped += [str(each.exception()) for each in decoded.values() if each.exception()]
+            images = {x: each.result()[0] for x, each in decoded.items() if not each.exception()}
             if images:
-                batch = torch.from_numpy(np.stack(list(images.values())))
-                outputs = predict_batch(teacher, batch, args.size)
+                batch = torch.from_numpy(np.stack([*images.values()]))
+                outputs = predict_batch(teacher, batch, size)
                 scores |= zip(images, probabilities(outputs, saved["multilabel"]), strict=True)
-    write_predictions(Path(out), saved["classes"], scores, scores.values())
+    write_predictions(Path(out), classes, scores, scores.values())
     print(f"written to {out}: {len(scores):,} images, with {args.start}")
     for line in sorted(skipped):
         warn(f"skipped: {line}")
