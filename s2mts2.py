@@ -70,7 +70,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -411,8 +411,8 @@ def load_networks(args, data):
 
     args.start  path of a checkpoint of stage 1, "scratch" or "imagenet"
     [our choice] Student and teacher of stage 1 get the same new classifier. [authors' code] There
-    both start from the student. Raises UserError if a checkpoint has another architecture or number
-    of channels.
+    both start from the student. Warns of test images that stage 1 has seen. Raises UserError if a
+    checkpoint has another architecture or number of channels.
     """
     channels, imagenet = data.images.shape[1], args.start == "imagenet"
     student = build_network(args.arch, channels, len(data.classes), imagenet=imagenet)
@@ -756,7 +756,6 @@ class Data:
     # is not completely known counts as unlabelled.
     multilabel: bool
     hashes: np.ndarray = None  # uint64 [n], equal for equal images; of the pixels unless given
-    known: np.ndarray = field(init=False)  # bool [n]: whether an image is labelled
 
     def __post_init__(self):
         self.images, self.targets = np.asanyarray(self.images), np.asarray(self.targets, np.float32)
@@ -770,14 +769,19 @@ class Data:
         require(len({*self.classes} - {""}) == len(self.classes), "class names are equal or empty")
         require(self.multilabel or len(self.classes) > 1, "one class an image needs two classes")
         require(np.isin(np.nan_to_num(self.targets), (0, 1)).all(), "a target is not 0, 1 or NaN")
-        known, one_hot = ~np.isnan(self.targets), (self.targets == 1).sum(1) == 1
-        self.known = known.any(1) if self.multilabel else known.all(1)
+        one_hot = (self.targets == 1).sum(1) == 1
         require(self.multilabel or one_hot[self.known].all(), "a row of targets is not one-hot")
         require(len(self.train), "there is no training image")
         require(len({*used} & {*range(count)}) == len(used), "train and test: an index is wrong")
         require(self.known[self.test].all(), "a test image has no label")
         if self.hashes is None:
             self.hashes = np.array([hash_of(image.tobytes()) for image in self.images], np.uint64)
+
+    @property
+    def known(self):
+        """bool [n]: whether an image is labelled."""
+        known = ~np.isnan(self.targets)
+        return known.any(1) if self.multilabel else known.all(1)
 
 
 def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
@@ -801,7 +805,7 @@ def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
         loaders["chexpert"] = lambda root: load_chexpert(root, uncertain)
         table, rows, *meaning = loaders.get(name, load_folder)(path)
         rows = [row for row in rows if not partial or os.path.isfile(row["path"])]
-        require(rows, f"{path}: there are no images of {name} ({' '.join(ENDINGS)})")
+        require(rows, f"{path} is no folder with images of {name} ({' '.join(ENDINGS)})")
         title = os.path.basename(os.path.abspath(name))
         data = from_table(title, size, table, rows, *meaning)
     known, used = data.known, np.concatenate([data.train, data.test])
@@ -902,7 +906,7 @@ def load_npz(path):
         right &= x.shape[:1] == y.shape[:1] and x.shape[3:] in ((), (1,), (3,))
     found = [f"{name} {x.dtype} {x.shape}" for name, x in zip(names, arrays, strict=True)]
     text = f"{path}: {', '.join(found)}: not images uint8 [n, side, side] or [n, side, side, 3] and"
-    require(right, f"{text} labels of integers [n, 1] or [n, K]")
+    require(right, f"{text} labels of integers [n, 1] or [n, K], alike in all parts")
     images, labels = np.concatenate(images), np.concatenate(labels).astype(np.int64)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     labels = labels[:, None] if labels.ndim == 1 else labels
@@ -1060,7 +1064,8 @@ def load_folder(root):
     named = {row["image"] for row in rows}
     gone = sorted(named.difference(files))
     text = f"{table}: {len(gone):,} names are of no image in the folder, such as {gone[:1]!a}; they"
-    require(not gone, f"{text} must be equal, also in upper and lower case and Unicode form")
+    text += " must be equal, also in upper and lower case and Unicode form; . @ __ first: left out"
+    require(not gone, text)
     for name in named.symmetric_difference(files):
         part, _, below = ("", "", "") if there else name.partition("/")
         label = below.split("/")[0] if part in ("train", "test") and "/" in below else ""
@@ -1165,10 +1170,12 @@ def load_images(paths, size, channels):
         with new_file(file) as stream, ThreadPoolExecutor() as pool:
             head = dict(descr="|u1", fortran_order=False, shape=shape)
             np.lib.format.write_array_header_1_0(stream, head)
-            decoded = pool.map(lambda path: decode(path, size, channels), paths)
-            for pixels, code in tqdm(decoded, "decode", len(paths), unit="image"):
-                stream.write(pixels.tobytes())
-                hashes.append(code)
+            # Blocks: a stop need not wait for all that is left, and the disk may be slow.
+            for start in tqdm(range(0, len(paths), 64), "decode", unit="x 64 images"):
+                block = paths[start : start + 64]
+                for pixels, code in pool.map(lambda path: decode(path, size, channels), block):
+                    stream.write(pixels.tobytes())
+                    hashes.append(code)
             stream.write(np.array(hashes, "<u8").tobytes())
     while not file.exists():
         time.sleep(1)
@@ -1371,7 +1378,7 @@ def warn(text):
 
 
 def start_run(data, args, images, state, labelled=()):
-    """Load the earlier checkpoint of a stage, if there is one. Returns run_epochs.
+    """Load the earlier checkpoint of a stage, if there is one. Returns the generator run_epochs.
 
     images  number of images in a step
     state   dict of the modules, the optimizer and tensors to save and to load
@@ -1379,11 +1386,10 @@ def start_run(data, args, images, state, labelled=()):
     """
     stage, folder = args.command, output_folder(data, args)
     path, history = folder / f"{stage}.pt", []
-    # Plain values, whatever a notebook gave.
-    plain = json.loads(json.dumps(vars(args), default=str))
+    # Plain values, whatever a notebook gave: numbers of numpy, or paths.
+    plain = json.loads(json.dumps(vars(args), default=lambda x: getattr(x, "tolist", x.__str__)()))
     values = plain | plain["augment"]
     settings = {option_of(x): values[x] for x in (*CXR14, "seed", "amp") if x in values}
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
     # What else the result depends on. Labels and test images are no part of stage 1.
     settings["number of processes"] = PROCESSES
     weights = [x for name in ("student", "teacher") for x in state[name].state_dict().values()]
@@ -1415,6 +1421,7 @@ def start_run(data, args, images, state, labelled=()):
     require(everywhere == [done] * PROCESSES, f"copy {path} to all machines")
     status = "finished" if done == args.epochs else f"epoch {done + 1} of {args.epochs}"
     print(f"{stage}, {status}, on {device}: {path}, from {args.start or args.init}")
+    print(", ".join(f"{name} {settings[name]}" for name in settings if " " not in name))
     saved = dict(stage=stage, args=plain, settings=settings, history=history)
     saved |= dict(classes=data.classes, multilabel=data.multilabel)
     saved |= dict(channels=data.images.shape[1], images=data.hashes[data.train].tolist())
@@ -1429,11 +1436,11 @@ def run_epochs(path, saved, images, state):
     """
     stage, history, epochs = saved["stage"], saved["history"], saved["args"]["epochs"]
     log = path.with_name("log.jsonl")
-    lines = read_text(log).splitlines() if log.exists() else []
-    others = [line for line in lines if f'"stage": "{stage}"' not in line]
 
     def write_log():
         """The other stage's lines, and this one's, so that they fit the checkpoint."""
+        lines = read_text(log).splitlines() if log.exists() else []
+        others = [line for line in lines if f'"stage": "{stage}"' not in line]
         write_file(log, "".join(f"{line}\n" for line in [*others, *map(json.dumps, history)]))
 
     write_log()
@@ -1511,7 +1518,8 @@ def load_checkpoint(path, stage):
     try:
         # weights_only admits tensors and plain values. Other pickles could run code.
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        there, _ = saved["stage"], saved["settings"]
+        # An older s2mts2.py had other names of settings.
+        there, _ = saved["stage"], saved["settings"]["--seed"]
     except Exception:
         raise UserError(f"cannot read checkpoint {path}; run its stage, with --fresh") from None
     require(there == stage, f"{path} is a checkpoint of {there}, not of {stage}")
@@ -1712,14 +1720,15 @@ def taken_over(command, given):
         found = sorted(Path("runs").glob(f"*/{stage}.pt"), key=os.path.getmtime)
         require(found, f"no {stage}.pt in runs/*/; first run python s2mts2.py {stage}, or {remedy}")
         start = str(found[-1])
-    if command == "predict" or start in ("scratch", "imagenet"):
+        print(f"starts from {start}")
+    if command != "predict" and start in ("scratch", "imagenet"):
         return dict(start=start)
     checkpoint = load_checkpoint(start, stage)
     saved = checkpoint["args"]
     if len(checkpoint["history"]) < saved["epochs"]:
         warn(f"{start} is not finished")
     values = dict(start=start, arch=saved["arch"])
-    if "data" not in given:
+    if command != "predict" and "data" not in given:
         size = ["size"] if "size" in saved["given"] else []
         names = ["data", "root", "partial", "uncertain", "recipe", *size]
         values |= {name: saved[name] for name in names}
@@ -1738,7 +1747,7 @@ def predict(args):
     """
     saved, out = load_checkpoint(args.start, "finetune"), args.out or "predicted.csv"
     channels, classes, size = saved["channels"], saved["classes"], saved["args"]["size"]
-    teacher = build_network(saved["args"]["arch"], channels, len(classes))
+    teacher = build_network(args.arch, channels, len(classes))
     teacher.load_state_dict(saved["state"]["teacher"])
     teacher.to(choose_device(args.device))
     require(not os.path.isdir(out), f"--out {out} is a folder; name a CSV file")
@@ -1796,7 +1805,8 @@ def main(argv=None):
                 mallopt(-1, -1)
             execute(args)
     except KeyboardInterrupt:
-        status, text = 130, "stopped; to resume a stage, run the same command without --fresh"
+        text = "stopped; to resume a stage, run the same command without --fresh"
+        status, text = 130, text if RANK == 0 else ""
     except (UserError, OSError, csv.Error) as error:
         status, text = 2, "error: " + " ".join(str(error).split())
     except (MemoryError, torch.OutOfMemoryError):

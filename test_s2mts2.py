@@ -15,6 +15,7 @@ import re
 import resource
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import zlib
@@ -1451,11 +1452,22 @@ def stop(monkeypatch):
     return events
 
 
-def test_an_unfinished_stage_1_is_named(run, small, stop):
-    stop.at = 16
-    run(PRETRAIN, 130)
-    assert len(read("runs/set/pretrain.pt")[1]) == 1
-    assert "not finished" in run(SHORT)[1]
+def test_an_unfinished_start_is_named(run, small, stop):
+    Image.new("RGB", (16, 16)).save("1.png")
+    for stage, command in STAGES.items():
+        stop.count, stop.at = 0, 16
+        run(f"{command} --out runs/{stage}", 130)
+        path = f"runs/{stage}/{stage}.pt"
+        assert len(read(path)[1]) == 1
+        following = dict(pretrain=f"{SHORT} --out runs", finetune="predict 1.png")[stage]
+        assert f"{path} is not finished" in run(following)[1]
+
+
+def test_numbers_of_numpy_are_plain_in_a_checkpoint(small):
+    data, args = load_data("set.npz"), parse(FINETUNE)
+    data.targets[data.train[::2]] = np.nan
+    result, args.epochs = s2mts2.finetune(data, args), np.int64(2)
+    assert data.known.sum() == 14 + 12 and s2mts2.finetune(data, args) == result
 
 
 def test_a_number_of_labels_is_not_a_file(run, small):
@@ -1565,7 +1577,7 @@ def test_what_is_no_checkpoint_is_named(run, small):
     damaged = dict(empty=b"", cut=good.read_bytes()[:5000], code=pickle.dumps(Code(), 2))
     for name, content in damaged.items():
         Path(f"{name}.pt").write_bytes(content)
-    del saved["settings"]
+    saved["settings"] = dict(seed=0)
     for name, content in dict(foreign={}, zip=Code(), older=saved).items():
         torch.save(content, f"{name}.pt")
 
@@ -1765,6 +1777,9 @@ def test_an_error_of_all_processes_is_one_line(command, run, monkeypatch, capsys
     with pytest.raises(SystemExit):
         run(command)
     assert "error: " not in capsys.readouterr().err
+    # Stopped with the others, it has nothing to say.
+    monkeypatch.setattr(s2mts2, "parse_args", lambda argv: signal.raise_signal(signal.SIGINT))
+    assert main([]) == 130 and not capsys.readouterr().err
 
 
 # ---- The files of the project --------------------------------------------------------------------
@@ -1797,7 +1812,7 @@ def test_the_files_of_the_project():
     needed = used - {*sys.stdlib_module_names, "PIL", "sklearn"} | {"scikit-learn", "torchvision"}
     assert {*re.findall("(?m)^[a-z-]+", (HERE / "requirements.txt").read_text())} == needed
     assert doctest.testmod(s2mts2) == (0, 3)
-    assert len(tests.splitlines()) <= len(source.splitlines()) <= 1825
+    assert len(tests.splitlines()) <= len(source.splitlines()) <= 1832
     # An import does nothing.
     before = torch.get_rng_state().tolist(), torch.get_float32_matmul_precision()
     runpy.run_path(s2mts2.__file__, run_name="imported")
