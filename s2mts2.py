@@ -639,7 +639,7 @@ def random_views(images, augment, size):
         chosen = torch.rand(count, device=device).argsort()[:blurred]
         sigma = uniform(min(0.1, augment["blur"]), augment["blur"])[:blurred]
         images[chosen] = gaussian_blur(images[chosen], sigma, augment["blur"])
-    # With Python numbers: a tensor from the host would make the host wait for the GPU.
+    # With Python numbers: a tensor from the CPU would make the CPU wait for the GPU.
     for channel, mean, std in zip(images.unbind(1), *NORMALISATION[images.shape[1]], strict=True):
         channel.sub_(mean).div_(std)
     if augment["erase_p"]:
@@ -888,9 +888,10 @@ def load_digits():
 
 
 def load_npz(path):
-    """A 2D set of MedMNIST (arXiv 2110.14795): {train,val,test}_{images,labels}; val is train.
+    """A 2D set of MedMNIST (arXiv 2110.14795): {train,val,test}_{images,labels}.
 
-    Labels are class numbers [n, 1] or [n], or 0 and 1 [n, K] (multi-label). -1 is not labelled.
+    The images of val are training images. Labels are class numbers [n, 1] or [n], or 0 and 1 [n, C]
+    (multi-label); -1 is not labelled.
     """
     names = [f"{part}_{kind}" for kind in ("images", "labels") for part in ("train", "val", "test")]
     try:
@@ -906,7 +907,7 @@ def load_npz(path):
         right &= x.shape[:1] == y.shape[:1] and x.shape[3:] in ((), (1,), (3,))
     found = [f"{name} {x.dtype} {x.shape}" for name, x in zip(names, arrays, strict=True)]
     text = f"{path}: {', '.join(found)}: not images uint8 [n, side, side] or [n, side, side, 3] and"
-    require(right, f"{text} labels of integers [n, 1] or [n, K], alike in all parts")
+    require(right, f"{text} labels of integers [n, 1] or [n, C], alike in all parts")
     images, labels = np.concatenate(images), np.concatenate(labels).astype(np.int64)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     labels = labels[:, None] if labels.ndim == 1 else labels
@@ -920,32 +921,34 @@ def load_npz(path):
     index, first_test = np.arange(len(labels)), len(arrays[0]) + len(arrays[1])
     train, test = index[:first_test], index[first_test:][known[first_test:]]
     names, classes = [f"image{row:06d}" for row in index], range(targets.shape[1])
+    # Without any label there is no class; only multi-label data may have none.
     return Data(path.stem, images, targets, classes, names, train, test, multilabel or not count)
 
 
 def from_table(title, size, table, rows, classes, channels, multilabel):
-    """Make Data of a table: a list of dicts of str, one for each image.
+    """Make Data of a table with a row for each image.
 
-    image, path  name of the image, and path of its file
-    split        train, test, or blank
-    group        images of one group, such as a patient, are on one side of the split
-    label        a class, or several as in "Mass|Edema", or No Finding; blank: unlabelled
-    or a key for each class: 1, 0, or blank (not known)
+    rows  list of dicts of str, with the keys
+          image, path  name of the image, and path of its file
+          split        train, test, or blank
+          group        images of one group, such as a patient, are on one side of the split
+          label        a class, or several as in "Mass|Edema", or No Finding; blank: unlabelled
+          or one for each class: 1, 0, or blank (not known)
     The loaders return the arguments from `table`, its path, on. None: is to be found out.
     """
-    cells = rows
     if all("label" in row for row in rows):
         labels = [{each.strip() for each in row["label"].split("|")} - {""} for row in rows]
         classes = classes or sorted(set().union(*labels) - {"No Finding"})
         wrong = [each for each in classes if each.lower() in ("nan", "na", "n/a", "none", "-1")]
         require(not wrong, f"{table}: label {wrong} is no class; leave it blank")
-        cells = [{each: str(int(each in found)) for each in classes if found} for found in labels]
-    for row, cell in zip(rows, cells, strict=True):
-        wrong = [(each, cell[each]) for each in classes if cell.get(each, "") not in CELLS]
-        text = f"{table}: image {row['image']}, column and cell {wrong[:1]}"
-        require(not wrong, f"{text}: a cell is 1, 0 or blank; class names are in a column label")
-    targets = [[CELLS[cell.get(each, "")] for each in classes] for cell in cells]
-    targets = np.array(targets, np.float32).reshape(len(rows), len(classes))
+        targets = [[each in found if found else np.nan for each in classes] for found in labels]
+    else:
+        for row in rows:
+            wrong = [(each, row[each]) for each in classes if row.get(each, "") not in CELLS]
+            text = f"{table}: image {row['image']}, column and cell {wrong[:1]}"
+            require(not wrong, f"{text}: a cell is 1, 0 or blank; class names are in column label")
+        targets = [[CELLS[row.get(each, "")] for each in classes] for row in rows]
+    targets = np.array(targets, np.float32)
     labelled = ~np.isnan(targets).all(1)
     text = f"{table}: only one class, or no 0; a blank is not a 0"
     require(not labelled.any() or (targets == 0).any(), text)
@@ -983,7 +986,7 @@ def load_cxr14(root):
         table = root / "Data_Entry_2017.csv"
     _, cells = read_csv(table, "Image Index", "Finding Labels")
     label_of = {row["Image Index"]: row["Finding Labels"] for row in cells}
-    # JPEG copies have the same names. Of two files the .png is used, the last one.
+    # JPEG copies have the same names. Of a .jpg and a .png the .png is used: it is sorted last.
     files = [*root.glob("images/*"), *root.glob("data/*"), *root.glob("images_*/images/*")]
     files = [file for file in files if file.suffix.lower() in (".jpeg", ".jpg", ".png")]
     files.sort(key=lambda file: (file.suffix.lower() == ".png", file))
@@ -1063,10 +1066,10 @@ def load_folder(root):
             warn(f"{table}: columns beside label are not read: {', '.join(unread)}")
     named = {row["image"] for row in rows}
     gone = sorted(named.difference(files))
-    text = f"{table}: {len(gone):,} names are of no image in the folder, such as {gone[:1]!a}; they"
-    text += " must be equal, also in upper and lower case and Unicode form; . @ __ first: left out"
+    text = f"{table}: the folder has no image {gone[:1]!a}, of {len(gone):,} such names; upper and"
+    text += " lower case and Unicode form count; names that begin with . @ or __ are left out"
     require(not gone, text)
-    for name in named.symmetric_difference(files):
+    for name in {*files} - named:
         part, _, below = ("", "", "") if there else name.partition("/")
         label = below.split("/")[0] if part in ("train", "test") and "/" in below else ""
         rows.append(dict(image=name, label=label, split="test" if part == "test" else ""))
@@ -1113,7 +1116,7 @@ def read_csv(path, *wanted):
 
 # ---- 9. Decoding ---------------------------------------------------------------------------------
 
-# What Pillow reads, in lower case.
+# Of image files, in lower case.
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif")
 
 
@@ -1122,7 +1125,7 @@ def open_image(path):
     """Pillow's image of a file, in a with statement. Raises UserError if it cannot be used."""
     try:
         with Image.open(path) as image:
-            # Pillow would cut 16 bits to 8, at white or at the lowest bits. TIFF: BitsPerSample.
+            # Pillow would clip 16 bits or keep the lowest 8. TIFF's tag 258: bits of each channel.
             deep = image.mode[0] in "IF" or re.search(";16[BLN]", str(image.tile))
             bits = np.max(getattr(image, "tag_v2", {}).get(258, 8))
             require(not deep and bits <= 8, "more than 8 bits a channel, scale them to 0 to 255")
@@ -1153,8 +1156,8 @@ def hash_of(*contents):
 def load_images(paths, size, channels):
     """Decoded images, uint8 [n, channels, size, size], memory-mapped, and their hashes [n].
 
-    They are in an .npy file in runs/decoded/, and the hashes behind it. Its name stands for path,
-    size and time of the last change of each file. channels: 1, 3, or None for 1 if all are grey.
+    They are in an .npy file in runs/decoded/, with the hashes after the array. Its name has a hash
+    of path, size and time of change of each file. channels: 1, 3, or None for 1 if all are grey.
     """
     gone = [path for path in paths if not os.path.isfile(path)]
     text = f"{len(gone):,} image files are missing, such as {gone[:1]}; add them or correct"
@@ -1179,8 +1182,12 @@ def load_images(paths, size, channels):
             stream.write(np.array(hashes, "<u8").tobytes())
     while not file.exists():
         time.sleep(1)
-    images = np.load(file, mmap_mode="r")
-    return images, np.fromfile(file, "<u8", offset=images.offset + images.nbytes)
+    try:
+        images = np.load(file, mmap_mode="r")
+        hashes = np.fromfile(file, "<u8", offset=images.offset + images.nbytes)
+        return images, hashes.reshape(len(paths))
+    except (EOFError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({error}); remove it") from None
 
 
 def channels_of(path):
@@ -1275,8 +1282,8 @@ def linear_probe(data, args):
     seed_torch(args.seed, "finetune")
     _, teacher = load_networks(args, data)
     teacher.classifier = nn.Identity()
-    known = evaluate(teacher, data, labelled, args.size, classify=False)
-    unseen = evaluate(teacher, data, data.test, args.size, classify=False)
+    features = evaluate(teacher, data, labelled, args.size, classify=False)
+    of_test = evaluate(teacher, data, data.test, args.size, classify=False)
     scores = np.full((len(data.test), len(data.classes)), np.nan)
     targets = data.targets[labelled]
     for column, truth in enumerate(targets.T if data.multilabel else [targets.argmax(1)]):
@@ -1284,7 +1291,7 @@ def linear_probe(data, args):
         if len(np.unique(truth[there])) > 1:
             model = linear_model.LogisticRegression(max_iter=1000)
             model = pipeline.make_pipeline(preprocessing.StandardScaler(), model)
-            fitted = model.fit(known[there], truth[there]).predict_proba(unseen)
+            fitted = model.fit(features[there], truth[there]).predict_proba(of_test)
             columns = [column] if data.multilabel else model.classes_
             scores[:, columns] = fitted[:, 1:] if data.multilabel else fitted
     print(f"linear probe of {args.start} with {len(labelled):,} labelled images, {args.size} px")
@@ -1378,11 +1385,11 @@ def warn(text):
 
 
 def start_run(data, args, images, state, labelled=()):
-    """Load the earlier checkpoint of a stage, if there is one. Returns the generator run_epochs.
+    """Load the checkpoint of an earlier run with these settings, or remove its results.
 
     images  number of images in a step
     state   dict of the modules, the optimizer and tensors to save and to load
-    Raises UserError if the checkpoint is of other settings.
+    Returns the generator run_epochs. Raises UserError if the checkpoint has other settings.
     """
     stage, folder = args.command, output_folder(data, args)
     path, history = folder / f"{stage}.pt", []
@@ -1391,7 +1398,7 @@ def start_run(data, args, images, state, labelled=()):
     values = plain | plain["augment"]
     settings = {option_of(x): values[x] for x in (*CXR14, "seed", "amp") if x in values}
     # What else the result depends on. Labels and test images are no part of stage 1.
-    settings["number of processes"] = PROCESSES
+    settings["processes"] = PROCESSES
     weights = [x for name in ("student", "teacher") for x in state[name].state_dict().values()]
     settings["first weights"] = hash_of(*(x.cpu().numpy().tobytes() for x in weights))
     settings["training images or their order"] = hash_of(data.hashes[data.train].tobytes())
@@ -1422,19 +1429,20 @@ def start_run(data, args, images, state, labelled=()):
     status = "finished" if done == args.epochs else f"epoch {done + 1} of {args.epochs}"
     print(f"{stage}, {status}, on {device}: {path}, from {args.start or args.init}")
     print(", ".join(f"{name} {settings[name]}" for name in settings if " " not in name))
-    saved = dict(stage=stage, args=plain, settings=settings, history=history)
-    saved |= dict(classes=data.classes, multilabel=data.multilabel)
-    saved |= dict(channels=data.images.shape[1], images=data.hashes[data.train].tolist())
-    return run_epochs(path, saved, images, state)
+    content = dict(stage=stage, args=plain, settings=settings, history=history)
+    content |= dict(classes=data.classes, multilabel=data.multilabel)
+    content |= dict(channels=data.images.shape[1], images=data.hashes[data.train].tolist())
+    return run_epochs(path, content, images, state)
 
 
-def run_epochs(path, saved, images, state):
+def run_epochs(path, content, images, state):
     """Yield each epoch that is left, and a list for the losses of its steps.
 
+    content  what the checkpoint has beside the state; see start_run
     Seeds torch, so that a resumed run equals an uninterrupted one. After an epoch the checkpoint
     and the log are written. Raises UserError if the loss or a weight is not finite.
     """
-    stage, history, epochs = saved["stage"], saved["history"], saved["args"]["epochs"]
+    stage, history, epochs = content["stage"], content["history"], content["args"]["epochs"]
     log = path.with_name("log.jsonl")
 
     def write_log():
@@ -1445,7 +1453,7 @@ def run_epochs(path, saved, images, state):
 
     write_log()
     for epoch in range(len(history), epochs):
-        seed_torch(saved["args"]["seed"], stage, epoch, RANK)
+        seed_torch(content["args"]["seed"], stage, epoch, RANK)
         losses, began = [], time.perf_counter()
         yield epoch, losses
         seconds = time.perf_counter() - began
@@ -1460,10 +1468,12 @@ def run_epochs(path, saved, images, state):
         left = tqdm.format_interval(seconds * (epochs - epoch - 1))
         now = f"{stage} epoch {epoch + 1}/{epochs}: loss {loss:.4f}, learning rate {lr:.2g}"
         print(f"{now}, {speed:.0f} images/s, {left} left")
-        saved["state"], stream = {}, io.BytesIO()
+        content["state"], stream = {}, io.BytesIO()
         for name, value in state.items():
-            saved["state"][name] = value if isinstance(value, torch.Tensor) else value.state_dict()
-        torch.save(saved, stream)
+            content["state"][name] = (
+                value if isinstance(value, torch.Tensor) else value.state_dict()
+            )
+        torch.save(content, stream)
         write_file(path, stream.getvalue())
         write_log()
 
@@ -1490,7 +1500,7 @@ def output_folder(data, args):
 
 @contextlib.contextmanager
 def new_file(path):
-    """A stream for a file, which is the old one until all is written. Raises UserError."""
+    """A stream for a file, which replaces an old one when all is written. Raises UserError."""
     # Two processes may write the same file.
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
@@ -1674,7 +1684,7 @@ def parse_args(argv=None):
 
 
 def settings_of(command, given):
-    """All settings of a command: of the table, the recipe, stage 1, and given. Later ones count."""
+    """All settings of a command: from table, recipe, stage 1 or given; the later ones win."""
     names, stage = COMMANDS[command][1], "finetune" if command == "finetune" else "pretrain"
     alone = PROCESSES == 1 or command in ("pretrain", "finetune")
     require(alone, f"{command} runs in one process, without torchrun")
@@ -1756,7 +1766,7 @@ def predict(args):
         images, others = find_images(item) if os.path.isdir(item) else (None, [])
         paths += [item] if images is None else [os.path.join(item, name) for name in images]
         skipped += [os.path.join(item, name) for name in others]
-    # An earlier table of predictions is not skipped.
+    # A table of an earlier run is no file that was skipped.
     skipped = [path for path in skipped if os.path.abspath(path) != os.path.abspath(out)]
     require(paths, f"{args.files[0]} has no images ({' '.join(ENDINGS)})")
     with ThreadPoolExecutor() as pool:
@@ -1795,7 +1805,7 @@ def main(argv=None):
                 gpu = torch.cuda.is_available()
                 distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
             args = parse_args(argv)
-            # TF32 on GPUs: faster, and exact enough for training.
+            # TF32 on GPUs: faster, and exact enough for training and evaluation.
             torch.set_float32_matmul_precision("high")
             # Linux: keep freed memory for the next step. It saves filling new memory with zeros.
             # -3: M_MMAP_THRESHOLD, older versions refuse more than 32 MB. -1: M_TRIM_THRESHOLD.
