@@ -1834,8 +1834,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     # A terminal that cannot show a letter of a name shows a question mark.
-    sys.stdout.reconfigure(errors="replace")
-    sys.stderr.reconfigure(errors="replace")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")
     # What ends a job on a cluster is as Ctrl-C: no half file stays.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())
