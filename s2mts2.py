@@ -805,7 +805,7 @@ def load_data(name, root=None, size=64, uncertain="zeros", partial=False):
         loaders["chexpert"] = lambda root: load_chexpert(root, uncertain)
         table, rows, *meaning = loaders.get(name, load_folder)(path)
         rows = [row for row in rows if not partial or os.path.isfile(row["path"])]
-        require(rows, f"{path} is no folder with images of {name} ({' '.join(ENDINGS)})")
+        require(rows, f"{path} is no folder with images ({' '.join(ENDINGS)})")
         title = os.path.basename(os.path.abspath(name))
         data = from_table(title, size, table, rows, *meaning)
     known, used = data.known, np.concatenate([data.train, data.test])
@@ -900,7 +900,7 @@ def load_npz(path):
             arrays = [file[name] for name in names]
     except Exception as error:
         raise UserError(f"cannot read {', '.join(names)} of {path} ({error})") from None
-    right, (images, labels) = True, (arrays[:3], arrays[3:])
+    images, labels, right = arrays[:3], arrays[3:], True
     for x, y in zip(images, labels, strict=True):
         right &= x.dtype == np.uint8 and x.ndim in (3, 4) and x.shape[1:] == images[0].shape[1:]
         right &= y.dtype.kind in "iu" and y.ndim in (1, 2) and y.shape[1:] == labels[0].shape[1:]
@@ -1328,8 +1328,8 @@ def ablate(data, args):
     for labels in args.labels:
         choose_labelled(data, labels, 0)
     table = {str(labels): {} for labels in args.labels}
+    scratch = "imagenet" if args.init == "imagenet" else "scratch"
     for seed in range(args.seeds):
-        scratch = "imagenet" if args.init == "imagenet" else "scratch"
         for row, words in ABLATION.items():
             line = [word.format(scratch=scratch, out=out, seed=seed) for word in words.split()]
             for labels in [""] if words.startswith("pretrain") else args.labels:
@@ -1470,9 +1470,8 @@ def run_epochs(path, content, images, state):
         print(f"{now}, {speed:.0f} images/s, {left} left")
         content["state"], stream = {}, io.BytesIO()
         for name, value in state.items():
-            content["state"][name] = (
-                value if isinstance(value, torch.Tensor) else value.state_dict()
-            )
+            tensor = isinstance(value, torch.Tensor)
+            content["state"][name] = value if tensor else value.state_dict()
         torch.save(content, stream)
         write_file(path, stream.getvalue())
         write_log()
