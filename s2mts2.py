@@ -921,8 +921,7 @@ def load_npz(path):
     index, first_test = np.arange(len(labels)), len(arrays[0]) + len(arrays[1])
     train, test = index[:first_test], index[first_test:][known[first_test:]]
     names, classes = [f"image{row:06d}" for row in index], range(targets.shape[1])
-    # Without any label there is no class; only multi-label data may have none.
-    return Data(path.stem, images, targets, classes, names, train, test, multilabel or not count)
+    return Data(path.stem, images, targets, classes, names, train, test, multilabel)
 
 
 def from_table(title, size, table, rows, classes, channels, multilabel):
